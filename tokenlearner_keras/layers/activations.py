@@ -1,0 +1,10 @@
+import keras
+
+
+def gelu(x):
+    """Returns gelu by its tanh approximation.
+
+    It is the authors' and the published ViT weights' gelu; the exact one cannot be
+    exported to ONNX or TensorFlow.js.
+    """
+    return keras.activations.gelu(x, approximate=True)
