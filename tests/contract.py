@@ -53,7 +53,9 @@ def gradients(model, inputs, seed=0):
         total = 0.0
         for index, output in enumerate(tree.flatten(outputs)):
             output = ops.cast(output, "float32")
-            factors = random_like(tuple(output.shape), seed + index)
+            factors = ops.convert_to_tensor(
+                random_like(tuple(output.shape), seed + index)
+            )
             total = total + ops.sum(output * factors)
         return total
 

@@ -152,6 +152,7 @@ class TokenFuser(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         tokens, x = inputs
+        self._check_input_shape((tokens.shape, x.shape))
         if self.mode == "broadcast":
             fused = self.dropout_layer(self.fuse_dense(tokens), training=training)
             # One vector a frame, broadcast over the positions of that frame.
@@ -194,7 +195,7 @@ class TokenFuser(keras.layers.Layer):
     def _fuse_by_attention(self, tokens, x, training):
         channels = x.shape[-1]
         tokens_per_frame = self.mix_dense.units
-        # Frames join the batch: (frames, tokens, channels), (frames, positions, channels)
+        # The frames join the batch.
         tokens = ops.reshape(tokens, (-1, tokens_per_frame, channels))
         frames = x
         if len(x.shape) > 3:
@@ -237,15 +238,16 @@ class TokenFuser(keras.layers.Layer):
         num_tokens, time = tokens_shape[1], _time(inputs_shape)
         if num_tokens is None or time is None:
             raise ValueError(
-                f"Layer '{self.name}' needs a known number of tokens and of frames: its "
+                f"Layer '{self.name}' needs a known number of tokens and frames: its "
                 "weights depend on them. Received: tokens of shape "
                 f"{tokens_shape}, inputs of shape {inputs_shape}"
             )
         if num_tokens % time:
             raise ValueError(
-                f"The number of tokens of layer '{self.name}' must be a multiple of the "
-                f"number of frames. Received: {num_tokens} tokens for {time} frames "
-                f"(tokens of shape {tokens_shape}, inputs of shape {inputs_shape})"
+                f"The number of tokens of layer '{self.name}' must be a multiple of "
+                f"its number of frames. Received: {num_tokens} tokens for {time} "
+                f"frames (tokens of shape {tokens_shape}, inputs of shape "
+                f"{inputs_shape})"
             )
         if self.built:
             self._check_built_for(num_tokens, time)

@@ -211,6 +211,7 @@ class TokenLearner(keras.layers.Layer):
         )
 
     def call(self, inputs, mask=None, training=None, return_attention_maps=False):
+        self._check_input_shape(inputs.shape)
         time, height, width = self._grid(inputs)
         channels = inputs.shape[-1]
         positions = height * width
