@@ -14,6 +14,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name.startswith("test_contract"):
+            item.add_marker(pytest.mark.backends)
     if keras.backend.backend() == "tensorflow":
         return
     skip = pytest.mark.skip(reason="needs the TensorFlow backend")
