@@ -60,6 +60,8 @@ def gradients(model, inputs, seed=0):
         return total
 
     variables = model.trainable_variables
+    if not variables:
+        return {}
     if BACKEND == "tensorflow":
         import tensorflow as tf
 

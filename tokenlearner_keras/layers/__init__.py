@@ -1,4 +1,15 @@
+from tokenlearner_keras.layers.dense_tokenizer import DenseTokenizer
+from tokenlearner_keras.layers.grid_tokenizer import GridTokenizer
+from tokenlearner_keras.layers.pooling_tokenizer import PoolingTokenizer
+from tokenlearner_keras.layers.stochastic_depth import StochasticDepth
 from tokenlearner_keras.layers.token_fuser import TokenFuser
 from tokenlearner_keras.layers.token_learner import TokenLearner
 
-__all__ = ["TokenFuser", "TokenLearner"]
+__all__ = [
+    "DenseTokenizer",
+    "GridTokenizer",
+    "PoolingTokenizer",
+    "StochasticDepth",
+    "TokenFuser",
+    "TokenLearner",
+]
