@@ -4,6 +4,8 @@ from tokenlearner_keras.layers.pooling_tokenizer import PoolingTokenizer
 from tokenlearner_keras.layers.stochastic_depth import StochasticDepth
 from tokenlearner_keras.layers.token_fuser import TokenFuser
 from tokenlearner_keras.layers.token_learner import TokenLearner
+from tokenlearner_keras.layers.vector_attention import VectorAttention
+from tokenlearner_keras.layers.vector_transformer_block import VectorTransformerBlock
 
 __all__ = [
     "DenseTokenizer",
@@ -12,4 +14,6 @@ __all__ = [
     "StochasticDepth",
     "TokenFuser",
     "TokenLearner",
+    "VectorAttention",
+    "VectorTransformerBlock",
 ]
