@@ -78,7 +78,7 @@ def gradients(model, inputs, seed=0):
             outputs, _ = model.stateless_call(trainable, state, inputs, training=False)
             return loss_of(outputs)
 
-        values = jax.grad(loss_fn)([v.value for v in variables])
+        values = jax.jit(jax.grad(loss_fn))([v.value for v in variables])
         values = [np.asarray(v.astype("float32")) for v in values]
     else:
         model.zero_grad()
@@ -88,6 +88,22 @@ def gradients(model, inputs, seed=0):
             for v in variables
         ]
     return {v.path: g for v, g in zip(variables, values, strict=True)}
+
+
+def call_compiled(model, inputs):
+    """The outputs of a model; on JAX compiled as a whole, as `predict` does.
+
+    Operation by operation, JAX compiles each of them for each shape, which takes most
+    of the time of these tests.
+    """
+    if BACKEND != "jax":
+        return model(inputs)
+    import jax
+
+    weights = [v.value for v in model.trainable_variables]
+    state = [v.value for v in model.non_trainable_variables]
+    function = jax.jit(lambda w, s, x: model.stateless_call(w, s, x)[0])
+    return function(weights, state, inputs)
 
 
 def functional_model(layer, input_shapes, unknown_batch=True, **call_arguments):
@@ -161,14 +177,14 @@ def run_layer_contract(
     assert [tuple(t.shape) for t in tree.flatten(eager)] == expected
     for tensor, symbolic in zip(tree.flatten(eager), model.outputs, strict=True):
         assert keras.backend.standardize_dtype(tensor.dtype) == symbolic.dtype
-    assert_close(model(inputs), eager, rtol, "functional against eager")
+    assert_close(call_compiled(model, inputs), eager, rtol, "functional against eager")
     if num_weights is not None:
         assert (
             sum(int(np.prod(v.shape)) for v in layer.trainable_weights) == num_weights
         )
 
     # Another batch size through the same model, example by example.
-    single = model([a[:1] for a in arrays] if is_list else inputs[:1])
+    single = call_compiled(model, [a[:1] for a in arrays] if is_list else inputs[:1])
     first = [tensor[:1] for tensor in to_numpy(eager)]
     assert_close(single, first, 10 * rtol, "one example against the batch")
 
@@ -176,7 +192,7 @@ def run_layer_contract(
     path = tmp_path / "model.keras"
     model.save(path)
     reloaded = keras.saving.load_model(path)
-    assert_close(reloaded(inputs), eager, rtol, ".keras reload")
+    assert_close(call_compiled(reloaded, inputs), eager, rtol, ".keras reload")
     assert reloaded.get_layer("layer").get_config() == config
 
     # Gradients reach every weight, and are finite.
@@ -190,7 +206,7 @@ def run_layer_contract(
     mixed = make_layer(name="layer", dtype="mixed_bfloat16")
     mixed_model = functional_model(mixed, input_shapes, True, **call_arguments)
     mixed_model.set_weights(model.get_weights())
-    outputs = mixed_model(inputs)
+    outputs = call_compiled(mixed_model, inputs)
     for tensor, symbolic in zip(
         tree.flatten(outputs), mixed_model.outputs, strict=True
     ):
