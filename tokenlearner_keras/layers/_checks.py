@@ -44,6 +44,40 @@ def check_channels(layer, input_shape) -> int:
     return channels
 
 
+def check_sizes(name: str, value, length: int) -> tuple[int, ...]:
+    """Returns `value` as a tuple of `length` positive integers.
+
+    One integer stands for `length` equal ones.
+    """
+    if isinstance(value, int):
+        value = (value,) * length
+    try:
+        value = tuple(value)
+    except TypeError:
+        value = (value,)
+    if len(value) != length:
+        raise ValueError(
+            f"Argument `{name}` must be an integer or {length} integers of at least 1. "
+            f"Received: {name}={value!r}"
+        )
+    return tuple(
+        check_positive_int(f"{name}[{axis}]", size) for axis, size in enumerate(value)
+    )
+
+
+def check_divisible(layer, name: str, sizes, input_shape):
+    """Raises `ValueError` unless `sizes` divide the axes of `input_shape` before last.
+
+    Axes of unknown size pass.
+    """
+    axes = tuple(input_shape)[-1 - len(sizes) : -1]
+    if any(axis is not None and axis % size for axis, size in zip(axes, sizes)):
+        raise ValueError(
+            f"Argument `{name}` of layer '{layer.name}' must divide the size of its "
+            f"input. Received: {name}={tuple(sizes)} for an input of size {axes}"
+        )
+
+
 def check_grid_shape(grid_shape) -> tuple[int, int] | None:
     """Returns `grid_shape` as a tuple of two positive integers, or `None`."""
     if grid_shape is None:
