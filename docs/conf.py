@@ -1,0 +1,29 @@
+"""Sphinx configuration: `sphinx-build -W docs site` writes the documentation."""
+
+import tokenlearner_keras
+
+project = "tokenlearner_keras"
+author = "the tokenlearner_keras authors"
+version = release = tokenlearner_keras.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+html_theme = "furo"
+html_title = "tokenlearner_keras"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_default_options = {"exclude-members": "build, call, compute_mask, get_config"}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [
+    ("Call arguments", "params_style"),
+    ("Output", "returns_style"),
+]
