@@ -1,6 +1,8 @@
 import keras
 
 
+# Registered, or a reloaded `Dense(activation=gelu)` would take Keras's own `gelu`.
+@keras.saving.register_keras_serializable(package="tokenlearner_keras")
 def gelu(x):
     """Returns gelu by its tanh approximation.
 
