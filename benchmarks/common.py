@@ -1,0 +1,113 @@
+"""What the benchmarks share: timing in turns, the machine's name, result files."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "jax", "torch", "numpy")
+
+
+def time_in_turns(functions, repeats=5, warmup=1):
+    """Returns, by name, the seconds of each call; the functions take turns.
+
+    Turns make a comparison hold on a machine whose speed drifts: every function meets
+    the same slow and fast moments.
+
+    Args:
+        functions: Dictionary from names to functions without arguments, which return
+            after their work is done.
+        repeats: int. Timed calls of each function.
+        warmup: int. Calls of each function before those.
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(seconds):
+    return statistics.median(seconds)
+
+
+def machine():
+    """Returns what a reader needs to know of the machine and the software."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": _gpu_name()
+        or f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def markdown_table(rows):
+    """Returns a Markdown table of dictionaries with the same keys."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *[[row[k] for k in header] for row in rows]]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write_results(name, title, rows, notes=(), data=None, folder=RESULTS):
+    """Writes `name.md` (a table and notes) and `name.json`, and prints the table."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    text = [f"# {title}", "", markdown_table(rows), ""]
+    text += [f"- {note}" for note in notes]
+    text += ["- " + ", ".join(f"{key} {value}" for key, value in about.items()), ""]
+    for path, content in (
+        (folder / f"{name}.md", "\n".join(text)),
+        (
+            folder / f"{name}.json",
+            json.dumps({"machine": about, "rows": rows, "data": data}, indent=1) + "\n",
+        ),
+    ):
+        beside = path.with_suffix(path.suffix + ".part")
+        beside.write_text(content)
+        os.replace(beside, path)
+    print("\n".join(text))
+
+
+def _processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name():
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        gpus = tf.config.list_physical_devices("GPU")
+        names = [
+            tf.config.experimental.get_device_details(g)["device_name"] for g in gpus
+        ]
+    elif keras.backend.backend() == "jax":
+        import jax
+
+        names = [d.device_kind for d in jax.devices() if d.platform == "gpu"]
+    else:
+        import torch
+
+        count = torch.cuda.device_count()
+        names = [torch.cuda.get_device_name(index) for index in range(count)]
+    return f"{len(names)} x {names[0]}" if names else None
