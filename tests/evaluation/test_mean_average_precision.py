@@ -235,8 +235,8 @@ with strategy.scope():
     model = keras.Sequential([keras.Input(labels.shape[1:]), keras.layers.Identity()])
     model.compile(loss="mse", metrics=[metric])
 assert metric.num_examples.value.values, "the state is not distributed"
-for batch in (16, 50, 64, 301):
-    # 301 examples: the last batch is odd, and uneven over the replicas.
+for batch in (50, 300):
+    # 301 examples: the last batch is odd, and one replica has less of it, or none.
     values[batch] = model.evaluate(scores, labels, batch_size=batch, verbose=0)[1]
     counts = [int(v) for v in strategy.experimental_local_results(metric.num_examples.value)]
     assert sum(counts) == len(labels) and min(counts) > 0, counts
