@@ -65,6 +65,20 @@ def check_sizes(name: str, value, length: int) -> tuple[int, ...]:
     )
 
 
+def check_shape(name: str, value, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Returns `value` as a tuple of positive integers, one for each of `axes`."""
+    is_shape = isinstance(value, (tuple, list)) and len(value) == len(axes)
+    if not is_shape or any(
+        isinstance(size, bool) or not isinstance(size, int) or size < 1
+        for size in value
+    ):
+        raise ValueError(
+            f"Argument `{name}` must be positive integers ({', '.join(axes)}). "
+            f"Received: {name}={value!r}"
+        )
+    return tuple(value)
+
+
 def check_divisible(layer, name: str, sizes, input_shape):
     """Raises `ValueError` unless `sizes` divide the axes of `input_shape` before last.
 
