@@ -31,27 +31,92 @@ _MOVEMENT = frozenset(
     TensorListPushBack TensorListPopBack TensorListElementShape TensorListLength
     XlaDynamicSlice XlaDynamicUpdateSlice Where DynamicStitch EnsureShape Snapshot
     _Arg _Retval AssignVariableOp Print PrintV2 StringFormat Unique Diag DiagPart
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 # Flops of one output element: (as TensorFlow's registry counts, as XLA counts). XLA
 # counts exp, tanh, sqrt and their like as transcendentals, apart from flops.
 _ELEMENTWISE = {
     **dict.fromkeys(
-        "Add AddV2 Sub Mul RealDiv Maximum Minimum Greater GreaterEqual Less LessEqual "
-        "Equal NotEqual Neg Reciprocal BiasAdd Square".split(),
+        [
+            "Add",
+            "AddV2",
+            "Sub",
+            "Mul",
+            "RealDiv",
+            "Maximum",
+            "Minimum",
+            "Greater",
+            "GreaterEqual",
+            "Less",
+            "LessEqual",
+            "Equal",
+            "NotEqual",
+            "Neg",
+            "Reciprocal",
+            "BiasAdd",
+            "Square",
+        ],
         (1, 1),
     ),
     **dict.fromkeys(
-        "Abs Sign Floor Ceil Round Rint Cast Select SelectV2 LogicalAnd LogicalOr "
-        "LogicalNot LogicalXor Relu Relu6 Div FloorDiv FloorMod Mod TruncateMod "
-        "TruncateDiv BitwiseAnd BitwiseOr BitwiseXor Invert IsFinite IsNan IsInf "
-        "LeftShift RightShift".split(),
+        [
+            "Abs",
+            "Sign",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Rint",
+            "Cast",
+            "Select",
+            "SelectV2",
+            "LogicalAnd",
+            "LogicalOr",
+            "LogicalNot",
+            "LogicalXor",
+            "Relu",
+            "Relu6",
+            "Div",
+            "FloorDiv",
+            "FloorMod",
+            "Mod",
+            "TruncateMod",
+            "TruncateDiv",
+            "BitwiseAnd",
+            "BitwiseOr",
+            "BitwiseXor",
+            "Invert",
+            "IsFinite",
+            "IsNan",
+            "IsInf",
+            "LeftShift",
+            "RightShift",
+        ],
         (0, 1),
     ),
     **dict.fromkeys(
-        "Exp Expm1 Log1p Tanh Sigmoid Sqrt Erf Erfc Sin Cos Tan Atan Atan2 Asin Acos "
-        "Sinh Cosh Asinh Acosh Atanh".split(),
+        [
+            "Exp",
+            "Expm1",
+            "Log1p",
+            "Tanh",
+            "Sigmoid",
+            "Sqrt",
+            "Erf",
+            "Erfc",
+            "Sin",
+            "Cos",
+            "Tan",
+            "Atan",
+            "Atan2",
+            "Asin",
+            "Acos",
+            "Sinh",
+            "Cosh",
+            "Asinh",
+            "Acosh",
+            "Atanh",
+        ],
         (0, 0),
     ),
     "SquaredDifference": (2, 2),
@@ -76,15 +141,17 @@ _ELEMENTWISE = {
     "Cumprod": (0, 1),
 }
 # Reductions: an operation for each input that is folded into an output.
-_REDUCTIONS = frozenset("Sum Mean Max Min Prod All Any EuclideanNorm".split())
+_REDUCTIONS = frozenset(
+    ["Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm"]
+)
 _TF_REDUCTIONS = frozenset(("Sum", "Mean"))
-_POOLINGS = frozenset("AvgPool MaxPool AvgPool3D MaxPool3D".split())
-_MATMULS = frozenset("MatMul BatchMatMul BatchMatMulV2 BatchMatMulV3".split())
-_CONVOLUTIONS = frozenset("Conv2D Conv3D DepthwiseConv2dNative".split())
+_POOLINGS = frozenset(["AvgPool", "MaxPool", "AvgPool3D", "MaxPool3D"])
+_MATMULS = frozenset(["MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"])
+_CONVOLUTIONS = frozenset(["Conv2D", "Conv3D", "DepthwiseConv2dNative"])
 _TRANSPOSED = frozenset(("Conv2DBackpropInput", "Conv3DBackpropInputV2"))
-_CALLS = frozenset("PartitionedCall StatefulPartitionedCall".split())
-_BRANCHES = frozenset("If StatelessIf Case StatelessCase".split())
-_LOOPS = frozenset("While StatelessWhile".split())
+_CALLS = frozenset(["PartitionedCall", "StatefulPartitionedCall"])
+_BRANCHES = frozenset(["If", "StatelessIf", "Case", "StatelessCase"])
+_LOOPS = frozenset(["While", "StatelessWhile"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +353,9 @@ def _input_specs(model, input_shape):
         tf.TensorSpec((1, *shape), tensor.dtype)
         for tensor, shape in zip(inputs, shapes, strict=True)
     ]
-    structure = getattr(model, "_inputs_struct", inputs)
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None:  # `Sequential` has one input.
+        return specs[0]
     return keras.tree.pack_sequence_as(structure, specs)
 
 
@@ -551,6 +620,8 @@ def _arithmetic(op):
         if exponent is not None and exponent.size == 1 and exponent.item() in (2, 3):
             return size, size * (int(exponent.item()) - 1)
         return size, 0
+    if op.type == "Mul":
+        return _size(op.outputs[0]), _scaling(op) or _size(op.outputs[0])
     if op.type == "AddN":
         count = _size(op.outputs[0]) * (len(op.inputs) - 1)
         return count, count
@@ -567,6 +638,23 @@ def _arithmetic(op):
         size = _size(op.outputs[0])
         tf_flops, xla_flops = _ELEMENTWISE[op.type]
         return tf_flops * size, xla_flops * size
+    return None
+
+
+def _scaling(op):
+    """XLA's flops of a product with a constant, if it scales a matrix product.
+
+    XLA scales the smallest of the two factors and the result, whichever the model
+    scales (attention logits, say, or the queries).
+    """
+    import tensorflow as tf
+
+    for factor, other in (op.inputs, reversed(op.inputs)):
+        product = other.op
+        if product.type not in _MATMULS and product.type != "Einsum":
+            continue
+        if factor.shape.rank == 0 and tf.get_static_value(factor) is not None:
+            return min(_size(tensor) for tensor in (*product.inputs, other))
     return None
 
 
