@@ -1,0 +1,262 @@
+"""One device against several, both with XLA, through `model.fit`.
+
+    python benchmarks/distributed.py vit
+    python benchmarks/distributed.py video --batch-size 8
+
+Each model trains on one GPU with Keras's own `fit`, and on all GPUs under
+`MirroredStrategy` with `tlk.training.distributed`, in turns in one process. Images are
+synthetic: what is timed is the training step, not the reading of data. Before that, the
+losses of the first steps are compared on the same global batch.
+
+`--virtual-cpus 2` tries the script without a GPU.
+"""
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+from common import write_results
+
+
+def build(arguments):
+    import tokenlearner_keras as tlk
+
+    if arguments.model == "vit":
+        return tlk.models.vit("B/16", num_tokens=8)
+    if arguments.model == "video":
+        shape = (arguments.num_frames, 224, 224, 3)
+        return tlk.models.x2plus1d("M", input_shape=shape, num_tokens=8)
+    config = tlk.models.ViTConfig(
+        patch_size=8, hidden_dim=32, num_layers=2, num_heads=2, mlp_dim=64
+    )
+    return tlk.models.vit(config, input_shape=(32, 32, 3), num_tokens=4, num_classes=10)
+
+
+def make_model(arguments, strategy, precision):
+    """The same model, from the same seed, inside the scope of `strategy`."""
+    import keras
+
+    from tokenlearner_keras.training import distributed
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(precision)
+    with strategy.scope():
+        model = distributed(build(arguments))
+        model.compile(
+            keras.optimizers.AdamW(1e-4, weight_decay=0.05),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=True,
+            steps_per_execution=arguments.steps_per_execution,
+        )
+    return model
+
+
+def make_batches(model, batch_size, num_batches):
+    """Random inputs and labels, the batches stacked."""
+    rng = np.random.default_rng(0)
+    size = num_batches, batch_size
+    x = rng.standard_normal((*size, *model.input_shape[1:]), dtype="float32")
+    return x, rng.integers(0, model.output_shape[-1], size)
+
+
+def make_dataset(batches):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(batches).cache().repeat()
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    return dataset.with_options(options).prefetch(4)
+
+
+def first_losses(arguments, strategy, precision, num_devices, duplicate):
+    """The losses of the first steps, on the same global batches for each strategy."""
+    import keras
+
+    class Losses(keras.callbacks.Callback):
+        """The loss of each execution: the log holds the mean since the start."""
+
+        def on_train_begin(self, logs=None):
+            self.losses, self.total, self.count = [], 0.0, 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            total = float(logs["loss"]) * (batch + 1)
+            steps = batch + 1 - self.count
+            self.losses.append((total - self.total) / steps)
+            self.total, self.count = total, batch + 1
+
+    steps = arguments.check_steps * arguments.steps_per_execution
+    model = make_model(arguments, strategy, precision)
+    copies = num_devices if duplicate else 1
+    batch_size = arguments.check_batch_size * arguments.num_devices
+    batches = make_batches(model, batch_size, 4)
+    if duplicate:
+        # BatchNormalization sees the batch of its device. So that both runs see the
+        # same, each device gets the whole batch.
+        batches = tuple(np.concatenate([part] * copies, axis=1) for part in batches)
+    callback = Losses()
+    model.fit(
+        make_dataset(batches),
+        steps_per_epoch=steps,
+        epochs=1,
+        verbose=0,
+        callbacks=[callback],
+    )
+    return callback.losses
+
+
+class Timer:
+    """`model.fit` for some steps, timed after those in which it compiles and fills."""
+
+    def __init__(self, arguments, strategy, precision, num_devices):
+        self.model = make_model(arguments, strategy, precision)
+        self.batch_size = arguments.batch_size * num_devices
+        self.dataset = make_dataset(make_batches(self.model, self.batch_size, 2))
+        self.spe = arguments.steps_per_execution
+
+    def images_per_second(self, steps, warmup):
+        import keras
+
+        rate = []
+        start = [None]
+        warmup_end = warmup * self.spe - 1
+        last = (warmup + steps) * self.spe - 1
+
+        class Clock(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch in (warmup_end, last):
+                    float(logs["loss"])  # waits until the step is done
+                    now = time.perf_counter()
+                    if batch == last:
+                        rate.append(now - start[0])
+                    start[0] = now
+
+        self.model.fit(
+            self.dataset,
+            steps_per_epoch=last + 1,
+            epochs=1,
+            verbose=0,
+            callbacks=[Clock()],
+        )
+        return steps * self.spe * self.batch_size / rate[0]
+
+
+def run(arguments):
+    import keras
+    import tensorflow as tf
+
+    if arguments.virtual_cpus:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * arguments.virtual_cpus
+        )
+        devices = [f"CPU:{index}" for index in range(arguments.virtual_cpus)]
+    else:
+        gpus = tf.config.list_physical_devices("GPU")
+        devices = [f"GPU:{index}" for index in range(len(gpus))]
+    arguments.num_devices = len(devices)
+    if len(devices) < 2:
+        raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
+    strategies = {
+        1: tf.distribute.OneDeviceStrategy(devices[0]),
+        len(devices): tf.distribute.MirroredStrategy(devices),
+    }
+    rows, data = [], {"arguments": vars(arguments)}
+    for precision in arguments.precisions:
+        log(f"{precision}: losses of the first steps")
+        # Exact products, so that float32 means float32 in the comparison of losses.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        layers = make_model(arguments, strategies[1], precision)._flatten_layers()
+        duplicate = any(
+            isinstance(layer, keras.layers.BatchNormalization) for layer in layers
+        )
+        losses = {
+            n: first_losses(arguments, strategy, precision, n, duplicate)
+            for n, strategy in strategies.items()
+        }
+        one, many = (np.array(losses[n]) for n in strategies)
+        difference = float(np.max(np.abs(many - one) / np.abs(one)))
+        log(f"{precision}: relative difference of losses {difference:.2g}")
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+
+        timers = {
+            n: Timer(arguments, strategy, precision, n)
+            for n, strategy in strategies.items()
+        }
+        rates = {n: [] for n in timers}
+        for n, timer in timers.items():
+            start = time.perf_counter()
+            timer.images_per_second(1, arguments.warmup)
+            seconds = time.perf_counter() - start
+            log(f"{precision}: {n} device(s), ready in {seconds:.0f} s")
+        for _ in range(arguments.repeats):
+            for n, timer in timers.items():
+                rates[n].append(timer.images_per_second(arguments.steps, 1))
+                log(f"{precision}: {n} device(s), {rates[n][-1]:.1f} examples/s")
+        medians = {n: statistics.median(values) for n, values in rates.items()}
+        for n in strategies:
+            rows.append(
+                {
+                    "precision": precision,
+                    "devices": n,
+                    "batch": arguments.batch_size * n,
+                    "examples/s": f"{medians[n]:.1f}",
+                    "fastest, slowest": f"{max(rates[n]):.1f}, {min(rates[n]):.1f}",
+                    "times one device": f"{medians[n] / medians[1]:.3f}",
+                    "loss difference": "" if n == 1 else f"{difference:.1e}",
+                }
+            )
+        data[precision] = {
+            "examples_per_second": rates,
+            "losses": losses,
+            "each_device_has_the_whole_batch_in_the_loss_check": duplicate,
+        }
+        del timers
+        # After each precision: a run that is cut off leaves what it has.
+        write_results(
+            arguments.output or f"distributed_{arguments.model}",
+            f"Training on one and on {len(devices)} devices: {arguments.model}",
+            rows,
+            notes=(
+                "`model.fit` with XLA, AdamW, "
+                f"`steps_per_execution={arguments.steps_per_execution}`, synthetic "
+                f"examples; medians of {arguments.repeats} turns.",
+                "loss difference: the largest relative difference to one device over "
+                f"the first {arguments.check_steps * arguments.steps_per_execution} "
+                "steps on the same global batches (TF32 off).",
+            ),
+            data=data,
+        )
+
+
+def log(text):
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def parse(args=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("vit", "video", "toy"))
+    parser.add_argument("--batch-size", type=int, help="of one device")
+    parser.add_argument("--check-batch-size", type=int, default=8)
+    parser.add_argument("--check-steps", type=int, default=4, help="executions")
+    parser.add_argument("--num-frames", type=int, default=64)
+    parser.add_argument(
+        "--precisions", nargs="+", default=["mixed_bfloat16", "float32"]
+    )
+    parser.add_argument("--steps-per-execution", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="timed executions a turn")
+    parser.add_argument("--warmup", type=int, default=2, help="executions")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--virtual-cpus", type=int, default=0)
+    parser.add_argument("--output", help="name of the result files")
+    arguments = parser.parse_args(args)
+    if arguments.batch_size is None:
+        arguments.batch_size = {"vit": 256, "video": 8, "toy": 8}[arguments.model]
+    return arguments
+
+
+if __name__ == "__main__":
+    run(parse())
