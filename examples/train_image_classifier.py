@@ -195,6 +195,7 @@ def build(name, dataset, arguments):
 def train_and_measure(name, model, dataset, arguments, folder):
     """Trains a model, or takes up a finished one, and returns its line of the table."""
     result_path = folder / "result.json"
+    compile_model(model, dataset, arguments)
     if result_path.is_file():
         print(f"\n{MODELS[name]}: trained already, taken from {folder}")
         model.load_weights(folder / "final.weights.h5")
@@ -218,12 +219,7 @@ def train_and_measure(name, model, dataset, arguments, folder):
     return result
 
 
-def train(model, dataset, arguments, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    flip = arguments.horizontal_flip
-    augmentation = image_augmentation(
-        horizontal_flip=dataset.mirrored if flip is None else flip, seed=arguments.seed
-    )
+def compile_model(model, dataset, arguments):
     batch_size = min(arguments.batch_size, dataset.sizes["train"])
     steps = dataset.sizes["train"] // batch_size * arguments.epochs
     warmup = min(steps // 10, 1000)
@@ -241,6 +237,15 @@ def train(model, dataset, arguments, folder):
         metrics=["accuracy"],
         jit_compile=arguments.jit_compile,
     )
+
+
+def train(model, dataset, arguments, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    flip = arguments.horizontal_flip
+    augmentation = image_augmentation(
+        horizontal_flip=dataset.mirrored if flip is None else flip, seed=arguments.seed
+    )
+    batch_size = min(arguments.batch_size, dataset.sizes["train"])
     callbacks = [
         keras.callbacks.CSVLogger(folder / "log.csv", append=True),
         # The weights and the optimizer of the last two epochs: whatever moment the run
