@@ -5,6 +5,10 @@ from tokenlearner_keras.data.images import (
     load_image_dataset,
     preprocess_images,
 )
+from tokenlearner_keras.data.stored_videos import (
+    stored_evaluation_segments,
+    stored_training_clips,
+)
 from tokenlearner_keras.data.video_dataset import evaluation_segments, training_clips
 from tokenlearner_keras.data.video_records import (
     VideoRecord,
@@ -27,5 +31,7 @@ __all__ = [
     "read_video_csv",
     "read_video_folder",
     "segment_starts",
+    "stored_evaluation_segments",
+    "stored_training_clips",
     "training_clips",
 ]
