@@ -48,7 +48,8 @@ def vit(
             layer is renamed `"token_learner"`.
         token_fuser: bool. Whether every block from the location on has a TokenLearner
             before and a `TokenFuser(mode="attention")` after it, which restores all
-            positions and adds what the TokenLearner saw.
+            positions and adds what the TokenLearner saw. A class token skips both
+            and meets the learned tokens in the blocks; it does not see the last fuser.
         classifier: `"gap"` (mean over the tokens), `"token"` (a class token, which
             goes round the TokenLearner) or `None` (features).
         representation_size: int or `None`. Units of a tanh layer before the head.
