@@ -118,13 +118,11 @@ def test_figure_4_location_sweep(size, expected):
 
 
 def test_macs_by_hand():
-    # Valid padding, strides, groups, dilation, depth multiplier.
+    # Valid padding, strides, groups, depth multiplier.
     model = one_layer(layers.Conv2D(8, 3, strides=2, groups=2), (9, 9, 4))
     assert count_flops(model).total == 4 * 4 * 8 * 9 * 2
     model = one_layer(layers.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 4))
     assert count_flops(model).total == 7 * 7 * 9 * 4 * 2
-    model = one_layer(layers.Conv2D(8, 3, dilation_rate=2), (9, 9, 4))
-    assert count_flops(model).total == 5 * 5 * 9 * 4 * 8
     model = one_layer(layers.Conv3D(5, (3, 1, 1)), (6, 4, 4, 2))
     assert count_flops(model).total == 4 * 16 * 3 * 2 * 5
     model = one_layer(layers.Dense(7), (5, 3))

@@ -205,7 +205,8 @@ def count_flops(
     as the paper counts it: what it runs depends on the data. With any other method it
     is counted as it runs. Of the branches of a conditional the costliest counts; a loop
     counts as often as it runs where that can be read off the graph, else it is counted
-    once and listed in `uncounted`.
+    once and listed in `uncounted`. TensorFlow writes a dilated convolution as a plain
+    one between two rearrangements, whose padding is counted.
 
     Args:
         model: Keras model with known inputs, functional for instance.
