@@ -249,8 +249,6 @@ def test_insert_after_loading_a_saved_model(tmp_path):
     keras.utils.clear_session()
     loaded = keras.saving.load_model(path)
     new = tlk.insert_token_learner(loaded, num_tokens=4)
-    again = tlk.insert_token_learner(new, 0, 2, grid_shape=(4, 6), num_prefix_tokens=1)
-    assert again.get_layer("token_learner_1").num_tokens == 2
     assert np.array_equal(call(tlk.remove_token_learner(new), IMAGES), expected)
 
 
@@ -296,18 +294,18 @@ def test_region_maps_are_spread():
 
 def test_insert_as_regions():
     model = our_vit(input_shape=(32, 48, 3))
-    new = tlk.insert_token_learner(
-        model,
-        num_tokens=4,
-        token_learner="v11",
-        regions_from=random_like((16, 32, 48, 3)),
-    )
+    arguments = dict(location=0, num_tokens=4, token_learner="v11")
+    images = random_like((16, 32, 48, 3))
+    new = tlk.insert_token_learner(model, regions_from=images, **arguments)
     layer = new.get_layer("token_learner")
     features = prefix_model(new, "token_learner")(IMAGES)
     maps = layer(features, return_attention_maps=True)[1]
     maps = ops.convert_to_numpy(maps).mean(0)
-    peaks = region_maps(4, 4, 6).reshape(4, -1).argmax(1)
-    assert list(maps.reshape(4, -1)[:, peaks].argmax(0)) == [0, 1, 2, 3]
+    regions = region_maps(4, 4, 6)
+    correlation = [
+        np.corrcoef(m.ravel(), r.ravel())[0, 1] for m, r in zip(maps, regions)
+    ]
+    assert min(correlation) > 0.7
 
 
 @pytest.mark.parametrize(

@@ -515,7 +515,7 @@ def _inner_function(node):
         inner = op._functional
     elif isinstance(op, keras.Function):
         inner = op
-    elif _is_custom(op):
+    elif _is_custom(op) and _may_hold_blocks(node):
         inner = _trace_layer(node)
     if inner is None or len(inner.inputs) != len(node.input_tensors):
         return None
@@ -529,6 +529,19 @@ def _inner_function(node):
     program._trace_function(inner)
     # One block stays one layer; an encoder of several is taken apart.
     return inner if _Chain(program).num_blocks > 1 else None
+
+
+def _may_hold_blocks(node):
+    """Whether a layer maps tokens to tokens and has more or less than one attention.
+
+    A quick look before a trace: a layer with one attention is one block. One with none
+    may have an attention that is written out.
+    """
+    shapes = [tuple(t.shape) for t in node.input_tensors]
+    tokens = [shape for shape in shapes if len(shape) == 3]
+    held = node.operation._flatten_layers(include_self=True)
+    count = sum(isinstance(layer, ATTENTION_LAYERS) for layer in held)
+    return count != 1 and any(tuple(t.shape) in tokens for t in node.outputs)
 
 
 def _is_custom(layer):
