@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 
@@ -15,6 +16,9 @@ def make_parser() -> argparse.ArgumentParser:
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
     _add_tables(commands)
+    from tokenlearner_keras.export import commands as export_commands
+
+    export_commands.add_commands(commands)
     return parser
 
 
@@ -25,11 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; `None` takes `sys.argv`.
 
     Returns:
-        The exit status: 0 for success.
+        The exit status: 0 for success, 1 if some of the work failed, 2 for bad input.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     parsed = make_parser().parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _add_tables(commands):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.contract import random_like, randomize_weights
 from tokenlearner_keras.data import preprocess_images
-from tokenlearner_keras.export import export_saved_model
+from tokenlearner_keras.export import export_saved_model, load_exported
 from tokenlearner_keras.layers import TokenLearner
 from tokenlearner_keras.visualization import attention_maps
 
@@ -402,3 +402,104 @@ def test_flexible_image_size(tmp_path):
         images = random_like((2, *size, 3))
         actual = restored.serve(images)["probabilities"]
         assert_close(actual, softmax(model.predict(images, verbose=0)))
+
+
+def test_flexible_clip_length(tmp_path):
+    inputs = keras.Input((None, 8, 8, 3))
+    x = keras.layers.Conv3D(6, (1, 2, 2), strides=(1, 2, 2))(inputs)
+    x = TokenLearner.video(4, name="tokens")(x)
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    randomize_weights(model)
+    restored = load(export_saved_model(model, tmp_path / "model"))
+    for frames in (2, 5):
+        clips = random_like((2, frames, 8, 8, 3))
+        assert_close(
+            restored.signatures["serve"](images=clips)["probabilities"],
+            softmax(model.predict(clips, verbose=0)),
+        )
+        maps = restored.signatures["attention_maps"](images=clips)["attention_maps"]
+        assert maps.shape == (2, frames, 4, 4, 4)
+        assert_close(maps, attention_maps(model, clips))
+
+
+def test_explain_gives_probabilities_and_maps(tmp_path):
+    model = image_model(num_token_learners=2)
+    images = random_like((2, 8, 8, 3))
+    restored = load(export_saved_model(model, tmp_path / "model", ("explain",)))
+    outputs = restored.signatures["serving_default"](images=images)
+    assert set(outputs) == {"probabilities", "attention_maps", "attention_maps_1"}
+    assert_close(outputs["probabilities"], softmax(model.predict(images, verbose=0)))
+    assert_close(outputs["attention_maps"], attention_maps(model, images))
+
+
+def test_train_signature(tmp_path):
+    import tensorflow as tf
+
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(6, 2, strides=2)(inputs)
+    x = TokenLearner.v1(4)(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(0.5)(keras.layers.Flatten()(x))
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    randomize_weights(model)
+    images = tf.constant(random_like((8, 8, 8, 3)))
+    labels = tf.constant([0, 1, 2, 0, 1, 2, 0, 1])
+    restored = load(export_saved_model(model, tmp_path / "model", ("serve", "train")))
+    variables = restored.trainable_variables
+    assert [tuple(v.shape) for v in variables] == [
+        tuple(v.shape) for v in model.trainable_variables
+    ]
+    # Dropout is active: two passes differ. And so are batch statistics.
+    first, second = (restored.train(images)["outputs"] for _ in range(2))
+    assert np.abs(first - second).max() > 0.01
+    moving = restored.non_trainable_variables
+    changed = [
+        np.any(v.numpy() != np.array(w))
+        for v, w in zip(moving, model.non_trainable_variables)
+    ]
+    assert all(changed[:2])
+
+    def loss_fn():
+        logits = restored.train(images)["outputs"]
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        )
+
+    before = restored.serve(images)["probabilities"].numpy()
+    losses = []
+    for _ in range(30):
+        with tf.GradientTape() as tape:
+            loss = loss_fn()
+        for variable, gradient in zip(variables, tape.gradient(loss, variables)):
+            variable.assign_sub(0.3 * gradient)
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    # All signatures share the weights.
+    after = restored.serve(images)["probabilities"].numpy()
+    assert np.mean(after.argmax(-1) == labels) > np.mean(before.argmax(-1) == labels)
+
+
+def test_wrong_inputs_name_the_input_and_both_shapes(tmp_path):
+    import tensorflow as tf
+
+    restored = load(export_saved_model(image_model(), tmp_path / "model"))
+    serve = restored.signatures["serve"]
+    with pytest.raises(Exception, match="images") as shape_error:
+        serve(images=random_like((2, 9, 8, 3)))
+    for shape in ("(2, 9, 8, 3)", "(None, 8, 8, 3)"):
+        assert shape in str(shape_error.value)
+    # A signature's own message names the tensor by its number; what it was raised from
+    # names it and both shapes and dtypes.
+    for function in (serve, restored.serve):
+        with pytest.raises((TypeError, tf.errors.InvalidArgumentError)) as dtype_error:
+            function(images=tf.zeros((2, 8, 8, 3), "int32"))
+        text, error = "", dtype_error.value
+        while error is not None:
+            text, error = f"{text}\n{error}", error.__cause__ or error.__context__
+        for part in ("'images'", "float32", "int32", "(2, 8, 8, 3)", "(None, 8, 8, 3)"):
+            assert part in text
+    with pytest.raises(ValueError, match=r"Input 'images' of .* must be float32") as e:
+        load_exported(tmp_path / "model")(np.zeros((2, 8, 8, 3), "int32"))
+    assert "of shape (None, 8, 8, 3)" in str(e.value)
+    assert "int32 of shape (2, 8, 8, 3)" in str(e.value)

@@ -12,7 +12,8 @@ from tokenlearner_keras.data.images import preprocess_images
 from tokenlearner_keras.layers._checks import check_choice
 from tokenlearner_keras.visualization import attention_tensors
 
-SIGNATURES = ("serve", "features", "attention_maps")
+DEFAULT_SIGNATURES = ("serve", "features", "attention_maps")
+SIGNATURES = (*DEFAULT_SIGNATURES, "explain", "train")
 PREPROCESSINGS = (None, "uint8", "jpeg_bytes")
 OUTPUT_ACTIVATIONS = ("auto", "softmax", "sigmoid", None)
 CLASS_NAMES_FILE = "class_names.txt"
@@ -21,7 +22,7 @@ CLASS_NAMES_FILE = "class_names.txt"
 def export_saved_model(
     model: keras.Model,
     path: str | Path,
-    signatures: Sequence[str] = SIGNATURES,
+    signatures: Sequence[str] = DEFAULT_SIGNATURES,
     preprocessing: str | None = None,
     class_names: Sequence[str] | None = None,
     value_range: tuple[float, float] = (-1.0, 1.0),
@@ -46,6 +47,11 @@ def export_saved_model(
             - `"features"`: output `features`, what enters the classification head.
             - `"attention_maps"`: output `attention_maps`, the maps of the first
               `TokenLearner`, and `attention_maps_1`, ... for those behind it.
+            - `"explain"`: the outputs of `"serve"` and `"attention_maps"` at once.
+            - `"train"`: output `outputs`, what `model` returns in training mode, with
+              dropout. Gradients flow from it to `trainable_variables` of the loaded
+              SavedModel, which all signatures share, so that any TensorFlow process
+              can fine-tune the model.
         preprocessing: What the signatures take.
 
             - `None`: input `images`, exactly as `model` takes them.
@@ -110,7 +116,9 @@ def _write(model, folder, outputs, preprocessing, value_range, class_names):
     for signature, tensors in outputs.items():
         archive.add_endpoint(
             signature,
-            _endpoint(keras.Model(model.inputs, tensors), prepare),
+            _endpoint(
+                keras.Model(model.inputs, tensors), prepare, signature == "train"
+            ),
             input_signature=[spec],
         )
     if class_names is not None:
@@ -132,9 +140,9 @@ def _write(model, folder, outputs, preprocessing, value_range, class_names):
     archive.write_out(str(folder), verbose=False)
 
 
-def _endpoint(model, prepare):
+def _endpoint(model, prepare, training):
     def endpoint(images):
-        return model(prepare(images), training=False)
+        return model(prepare(images), training=training)
 
     return endpoint
 
@@ -183,11 +191,17 @@ def _output_tensors(model, signature, output_activation, feature_layer):
         return {"probabilities": _probabilities(model, output_activation)}
     if signature == "features":
         return {"features": _features(model, feature_layer)}
+    if signature == "train":
+        return {"outputs": keras.ops.cast(model.outputs[0], "float32")}
+    if signature == "explain":
+        return _output_tensors(
+            model, "serve", output_activation, feature_layer
+        ) | _output_tensors(model, "attention_maps", output_activation, feature_layer)
     tensors = list(attention_tensors(model).values())
     if not tensors:
         raise ValueError(
             f"Model '{model.name}' has no `TokenLearner`, so it has no attention maps: "
-            "leave 'attention_maps' out of `signatures`. "
+            "leave 'attention_maps' and 'explain' out of `signatures`. "
             "A model without it takes signatures=('serve', 'features')."
         )
     names = ["attention_maps", *(f"attention_maps_{i}" for i in range(1, len(tensors)))]
@@ -258,6 +272,11 @@ def _check_path(path, overwrite):
         raise ValueError(
             f"The path {path} exists and is not a SavedModel, so it is not replaced."
         )
+    check_writable(path)
+
+
+def check_writable(path: Path):
+    """Raises a `ValueError` if nothing can be written at `path`."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(
