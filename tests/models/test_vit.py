@@ -164,8 +164,9 @@ def test_training_lowers_the_loss(name):
         optimizer=keras.optimizers.Adam(3e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    history = model.fit(x, y, epochs=8, batch_size=6, verbose=0).history["loss"]
-    assert history[-1] < 0.7 * history[0]
+    model.fit(x, y, epochs=20, batch_size=6, verbose=0)
+    # It starts at log(3); dropout is off while it is measured.
+    assert model.evaluate(x, y, verbose=0) < 0.7 * np.log(3)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
