@@ -78,7 +78,8 @@ def test_commands():
 
 
 def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)]+)\)", README)
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
     assert targets
     for target in targets:
         if not target.startswith("https://"):
