@@ -2,19 +2,170 @@
 
 import contextlib
 import contextvars
+import functools
+from collections.abc import Iterator
+from typing import Any
 
+import keras
 from keras import ops
 
+from tokenlearner_keras.ops import _series, _streaming
+from tokenlearner_keras.ops._backend import with_gradient
+
 METHODS = ("auto", "dense", "streaming", "interpolated")
+INTERPOLATED_TERMS = 36
 
 _forced_method = contextvars.ContextVar("vector_attention_method", default=None)
 
 
+def vector_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    scale: float = 1.0,
+    method: str = "auto",
+    num_terms: int | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
+) -> Any:
+    """Attention with one softmax a channel (equation 2 of TokenLearner).
+
+    `y[i, c] = sum_j w[i, j, c] value[j, c]`, where `w[i, :, c]` is the softmax over `j`
+    of `scale * query[i, c] * key[j, c]`. In each channel the output is a function of
+    one number, the query, so that it can be evaluated in linear time.
+
+    Methods:
+
+    - `"dense"`: the definition. Stores tensors of `queries * keys * channels`.
+    - `"streaming"`: exact, in blocks. Quadratic time, linear memory.
+    - `"interpolated"`: a power series of `num_terms` terms, in linear time and without
+      control flow. A channel where its error bound does not hold becomes NaN.
+    - `"auto"`: the shortest compiled series whose error bound,
+      `vector_attention_error_bound`, is at most the spacing of the dtype at one; where
+      none is, where alternating terms would cancel, and for infinities, streaming. The
+      choice is made for the whole batch while the program runs.
+
+    Computed in float32 at least, whatever the dtype of the inputs.
+
+    Args:
+        query: Float tensor of shape `(batch, queries, channels)`.
+        key: Float tensor of shape `(batch, keys, channels)`.
+        value: Float tensor of shape `(batch, keys, channels)`.
+        mask: Boolean tensor, true where a key may be attended to, or `None`. Of shape
+            `(batch, keys)`, or `(batch, queries, keys)`; the latter takes the streaming
+            form under `"auto"`. A query without any key gets zeros.
+        scale: Factor of the logits.
+        method: One of `"auto"`, `"dense"`, `"streaming"` and `"interpolated"`.
+        num_terms: int or `None`. Length of the series of `"interpolated"`; `None` is
+            36, enough for `max|query| * (max key - min key) / 2 <= 22`.
+        dropout: float. Rate at which weights are dropped; the rest is scaled by
+            `1 / (1 - dropout)`. Takes the streaming form under `"auto"`.
+        seed: Integer tensor of two numbers, such as `keras.random.SeedGenerator.next`
+            returns. Needed with `dropout`.
+
+    Returns:
+        Tensor of shape `(batch, queries, channels)` with the dtype of `value`.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown method, or a mask or dropout
+            that `"interpolated"` cannot take.
+
+    Example:
+
+    >>> x = keras.random.normal((2, 512, 432))
+    >>> vector_attention(x, x, x).shape
+    (2, 512, 432)
+    """
+    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
+    _check_shapes(query, key, value, mask)
+    method = resolve_method(method, mask, dropout)
+    if num_terms is not None and method != "interpolated":
+        raise ValueError(
+            'Argument `num_terms` belongs to `method="interpolated"`. Received: '
+            f"num_terms={num_terms!r} with method={method!r}"
+        )
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    inner = keras.backend.result_type(dtype, "float32")
+    query, key, value = (ops.cast(x, inner) for x in (query, key, value))
+    if method == "dense":
+        drop = _dense_dropout(query, key, dropout, seed)
+        return ops.cast(dense(query, key, value, mask, scale, drop)[0], dtype)
+    query = query * ops.cast(scale, inner)
+    key_mask, pair_mask = ops.ones_like(key[:, :, :1]), None
+    if mask is not None and len(mask.shape) == 3:
+        pair_mask = ops.cast(ops.cast(mask, "bool"), inner)
+        used = ops.any(ops.cast(mask, "bool"), axis=1)[:, :, None]
+    elif mask is not None:
+        used = ops.cast(mask, "bool")[:, :, None]
+    if mask is not None:
+        # What stands in masked positions, NaN too, must not reach any sum.
+        key_mask = ops.cast(used, inner)
+        key = ops.where(used, key, ops.zeros_like(key))
+        value = ops.where(used, value, ops.zeros_like(value))
+    tensors = [query, key, value, key_mask]
+    if pair_mask is not None:
+        tensors.append(pair_mask)
+    if dropout > 0:
+        tensors.append(ops.cast(ops.convert_to_tensor(seed), "int32"))
+    function = _function(method, num_terms, inner, pair_mask is not None, dropout)
+    return ops.cast(function(*tensors), dtype)
+
+
+def vector_attention_error_bound(
+    max_query: float, key_range: float, num_terms: int, dtype: str = "float32"
+) -> float:
+    """Bounds the truncation of the linear-time method, before anything is computed.
+
+    The method replaces each weight `e^w`, where `w = query * (key - middle)` and
+    `middle` is the middle of the range of the keys, by a polynomial of `w` with
+    `num_terms` coefficients. For every query and key inside the given limits,
+
+    `|polynomial(w) - e^w| <= bound * e^|w|`.
+
+    So the output is off by at most `bound * K * max_j |value_j - output|` (to first
+    order), where `K = sum_j e^|w_j| / sum_j e^w_j` is the cancellation of the query;
+    `method="auto"` measures it and gives up above a root mean square of 16.
+
+    Args:
+        max_query: float. Largest `|scale * query|` of a channel.
+        key_range: float. Largest minus smallest key of that channel.
+        num_terms: int. Number of coefficients. 16, 36 and 64 have a near-minimax
+            polynomial, which is what `auto` uses in float32; others are the Taylor
+            series, as are all in float64.
+        dtype: Name of the dtype of the computation.
+
+    Returns:
+        The bound, a float. At least as large as the truth; it grows beyond any limit
+        when the terms are too few.
+
+    Raises:
+        ValueError: for a negative `max_query` or `key_range`, or `num_terms < 1`.
+
+    Example:
+
+    >>> vector_attention_error_bound(4.0, 8.0, num_terms=36) < 2**-23
+    True
+    """
+    for name, number in (("max_query", max_query), ("key_range", key_range)):
+        if not number >= 0:
+            raise ValueError(
+                f"Argument `{name}` must not be negative. Received: {name}={number!r}"
+            )
+    if not isinstance(num_terms, int) or num_terms < 1:
+        raise ValueError(
+            "Argument `num_terms` must be an integer of at least 1. "
+            f"Received: num_terms={num_terms!r}"
+        )
+    z = float(max_query) * float(key_range) / 2
+    return _series.remainder(num_terms, z, keras.backend.standardize_dtype(dtype))
+
+
 @contextlib.contextmanager
-def force_vector_attention_method(method: str):
+def force_vector_attention_method(method: str) -> Iterator[None]:
     """Overrides `method="auto"` of every vector attention called or traced inside.
 
-    A call that names another method keeps it.
+    A call that names another method keeps it. For tools that count or compare.
 
     Args:
         method: One of `"auto"`, `"dense"`, `"streaming"` and `"interpolated"`.
@@ -34,35 +185,246 @@ def force_vector_attention_method(method: str):
         _forced_method.reset(token)
 
 
-def vector_attention(query, key, value, mask=None, scale=1.0, method="auto"):
+def resolve_method(method, mask=None, dropout=0.0, gamma=False):
+    """Returns the method that a call ends up with, or raises `ValueError`."""
     method = _check_method(method)
     if method == "auto":
         method = _forced_method.get() or "auto"
-    if method == "dense":
-        return dense(query, key, value, mask, scale)[0]
-    return streaming(query, key, value, mask, scale)
+    unfit = []
+    if mask is not None and len(mask.shape) == 3:
+        unfit.append("a mask of pairs, of shape (batch, queries, keys)")
+    if dropout > 0:
+        unfit.append("dropout of the attention weights")
+    if gamma:
+        unfit.append("the projection `gamma`")
+    if unfit and method == "interpolated":
+        raise ValueError(
+            f'`method="interpolated"` cannot take {unfit[0]}: it never forms single '
+            'weights. Use `method="auto"` or `method="streaming"`.'
+        )
+    return "streaming" if unfit and method == "auto" else method
 
 
-def dense(query, key, value, mask=None, scale=1.0):
+def dense(query, key, value, mask=None, scale=1.0, drop=None):
     """The definition: returns the outputs and the pair tensor of weights."""
     logits = ops.multiply(query[:, :, None], key[:, None])
-    logits = ops.multiply(logits, scale)
+    logits = ops.multiply(logits, ops.cast(scale, logits.dtype))
     if mask is not None:
-        mask = _pair_mask(mask)
-        logits = ops.where(mask, logits, ops.full_like(logits, -1e30))
+        mask = ops.cast(mask, "bool")
+        used = mask if len(mask.shape) == 2 else ops.any(mask, axis=1)
+        mask = mask[:, None, :, None] if len(mask.shape) == 2 else mask[..., None]
+        value = ops.where(used[:, :, None], value, ops.zeros_like(value))
+        logits = ops.where(mask, logits, ops.full_like(logits, float("-inf")))
+        # A softmax over nothing but -inf is NaN; such a row is defined to be zero.
+        some = ops.any(mask, axis=2, keepdims=True)
+        logits = ops.where(some, logits, ops.zeros_like(logits))
     weights = ops.softmax(logits, axis=2)
     if mask is not None:
         weights = ops.where(mask, weights, ops.zeros_like(weights))
+    if drop is not None:
+        weights = weights * drop
     return ops.sum(ops.multiply(weights, value[:, None]), axis=2), weights
 
 
-def streaming(query, key, value, mask, scale):
-    return dense(query, key, value, mask, scale)[0]
+@functools.cache
+def _function(method, num_terms, dtype, has_pairs, dropout):
+    """Returns the differentiable function of one method."""
+
+    def extras(args):
+        rest = list(args[4:])
+        pairs = rest.pop(0) if has_pairs else None
+        drop = _dropout(args[0], args[1], dropout, rest.pop(0)) if dropout else None
+        return pairs, drop
+
+    def stream(*args):
+        return _streaming.forward(*args[:4], *extras(args))
+
+    def stream_backward(args, output, factor):
+        return _streaming.backward(*args[:4], output, factor, *extras(args))
+
+    if method == "streaming":
+        sizes = ()
+    elif method == "interpolated":
+        sizes = (_series.size(num_terms or INTERPOLATED_TERMS, dtype),)
+    else:
+        sizes = _series.sizes(dtype)
+
+    def forward(*args):
+        query, key, value, key_mask = args[:4]
+        mean = ops.zeros_like(value[:, :1])
+        if not dropout and not has_pairs:
+            # The weights add up to one: sums of small numbers lose less.
+            count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+            mean = ops.sum(value, axis=1, keepdims=True) / count
+            mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+        centered = (value - mean) * key_mask
+        args = (query, key, centered, *args[3:])
+        index = ops.cast(0, "int32")
+        if method == "streaming":
+            output, denominator, slope = stream(*args)
+        elif method == "interpolated":
+            output, denominator, slope = _interpolated(args, sizes[0])
+        else:
+            output, denominator, slope, index = _auto(args, sizes, stream)
+        result = output + mean
+        if method != "streaming" or not has_pairs:
+            # Rows without a key are zero, not the mean of nothing.
+            result = result * ops.cast(ops.any(key_mask > 0, 1, keepdims=True), dtype)
+        return result, (mean, output, denominator, slope, index)
+
+    def backward(args, residuals, upstream):
+        query, key, value, key_mask = args[:4]
+        mean, output, denominator, slope, index = residuals
+        centered = (value - mean) * key_mask
+        factor = upstream / denominator
+        tensors = (query, key, centered, key_mask, *args[4:])
+
+        def linear(size):
+            def branch():
+                _, _, half, shifted = _series.geometry(query, key, key_mask)
+                return _series.backward(query, shifted, output, factor, half, size)
+
+            return branch
+
+        branches = [linear(size) for size in sizes]
+        if method != "interpolated":
+            branches.append(lambda: stream_backward(tensors, output, factor))
+        if len(branches) == 1:
+            sums = branches[0]()
+        else:
+            sums = ops.switch(index, branches)
+        s0, s1, s2 = sums
+        gradients = (
+            upstream * slope,
+            (centered * s1 - s2) * key_mask,
+            s0 * key_mask,
+        )
+        return gradients + (None,) * (len(args) - 3)
+
+    return with_gradient(forward, backward)
 
 
-def _pair_mask(mask):
-    mask = ops.cast(mask, "bool")
-    return mask[:, None, :, None] if len(mask.shape) == 2 else mask[..., None]
+def _auto(args, sizes, stream):
+    query, key, value, key_mask = args
+    z, _, half, shifted = _series.geometry(query, key, key_mask)
+    usable = ops.all(ops.isfinite(ops.sum(value, axis=1)))
+
+    def linear(size):
+        *outputs, cancellation = _series.forward(
+            query, shifted, value, key_mask, half, size
+        )
+        # `all(a <= b)` rather than a maximum: it must fail for NaN.
+        kept = ops.logical_and(
+            ops.all(z <= size[1]),
+            ops.all(cancellation <= _series.MAX_CANCELLATION**2),
+        )
+        return tuple(outputs), ops.logical_and(kept, usable)
+
+    def longer(size, index, otherwise):
+        def branch():
+            outputs, kept = linear(size)
+            outputs = (*outputs, ops.cast(index, "int32"))
+            return ops.cond(kept, lambda: outputs, otherwise)
+
+        return branch
+
+    def exact():
+        return (*stream(*args), ops.cast(len(sizes), "int32"))
+
+    # The shortest series runs before it is known to do: the usual case then needs one
+    # decision, which on a GPU means one wait for the host.
+    outputs, kept = linear(sizes[0])
+    outputs = (*outputs, ops.cast(0, "int32"))
+    longest = sizes[-1][1]
+    branch = exact
+    for index in range(len(sizes) - 1, 0, -1):
+        branch = longer(sizes[index], index, branch)
+    worth_it = ops.logical_and(ops.all(z <= longest), usable)
+    # Cancellation does not depend on the number of terms.
+    short_enough = ops.all(z <= sizes[0][1])
+    index = ops.where(kept, 0, ops.where(short_enough, 2, ops.where(worth_it, 1, 2)))
+    return ops.switch(index, [lambda: outputs, branch, exact])
+
+
+def _interpolated(args, size):
+    query, key, value, key_mask = args
+    z, _, half, shifted = _series.geometry(query, key, key_mask)
+    *outputs, cancellation = _series.forward(
+        query, shifted, value, key_mask, half, size
+    )
+    kept = ops.logical_and(z <= size[1], cancellation <= _series.MAX_CANCELLATION**2)
+    # Never silently wrong: the gradients become NaN with the denominators.
+    return tuple(ops.where(kept, x, ops.full_like(x, float("nan"))) for x in outputs)
+
+
+def _dropout(query, key, rate, seed):
+    """Returns a function from indices to the factors of the dropped weights.
+
+    The factors are a hash of the position, so that the backward pass finds the same
+    ones without any stored tensor.
+    """
+    shape = ops.shape(query)
+    batch, queries, channels = shape[0], shape[1], shape[2]
+    keys = ops.shape(key)[1]
+
+    def factors(query_indices, key_indices):
+        i = ops.cast(query_indices, "int32")[None, :, None, None]
+        j = ops.cast(key_indices, "int32")[None, None, :, None]
+        b = ops.arange(batch, dtype="int32")[:, None, None, None]
+        c = ops.arange(channels, dtype="int32")
+        x = ((b * queries + i) * keys + j) * channels + c
+        # A finalizer of the murmur3 family, on integers that wrap around.
+        x = ops.bitwise_xor(x, seed[0])
+        for factor, shift in ((0x7FEB352D, 16), (-0x7B935975, 15), (0x2C1B3C6D, 16)):
+            x = x * factor + seed[1]
+            high = ops.bitwise_and(ops.right_shift(x, shift), (1 << (32 - shift)) - 1)
+            x = ops.bitwise_xor(x, high)
+        uniform = ops.cast(ops.bitwise_and(x, (1 << 24) - 1), query.dtype) / (1 << 24)
+        return ops.cast(uniform >= rate, query.dtype) / (1 - rate)
+
+    return factors
+
+
+def _dense_dropout(query, key, rate, seed):
+    if not rate:
+        return None
+    seed = ops.cast(ops.convert_to_tensor(seed), "int32")
+    indices = (ops.arange(ops.shape(x)[1]) for x in (query, key))
+    return _dropout(query, key, rate, seed)(*indices)
+
+
+def _check_shapes(query, key, value, mask):
+    shapes = [tuple(x.shape) for x in (query, key, value)]
+    message = f"Received: query {shapes[0]}, key {shapes[1]}, value {shapes[2]}"
+    if any(len(shape) != 3 for shape in shapes):
+        raise ValueError(
+            "Arguments `query`, `key` and `value` must have rank 3 (batch, tokens, "
+            f"channels). {message}"
+        )
+    if len({shape[-1] for shape in shapes}) > 1:
+        raise ValueError(
+            "Arguments `query`, `key` and `value` must have the same channels: each "
+            f"channel has its own softmax. {message}"
+        )
+    if _differ(shapes[1][1], shapes[2][1]):
+        raise ValueError(
+            f"Arguments `key` and `value` must have the same number of tokens. {message}"
+        )
+    if mask is None:
+        return
+    expected = [(shapes[1][1],), (shapes[0][1], shapes[1][1])]
+    shape = tuple(mask.shape)
+    if len(shape) not in (2, 3) or any(
+        _differ(a, b) for a, b in zip(shape[1:], expected[len(shape) - 2])
+    ):
+        raise ValueError(
+            "Argument `mask` must have shape (batch, keys) or (batch, queries, keys). "
+            f"Received: mask of shape {shape} for query {shapes[0]}, key {shapes[1]}"
+        )
+
+
+def _differ(a, b):
+    return a is not None and b is not None and a != b
 
 
 def _check_method(method):

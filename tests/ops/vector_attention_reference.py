@@ -1,0 +1,94 @@
+"""Float64 reference of vector attention, and gradients on any backend."""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from tokenlearner_keras.ops import vector_attention
+
+BACKEND = keras.backend.backend()
+
+
+def reference(query, key, value, upstream, mask=None):
+    """Output and gradients by query, key and value, NumPy float64, channel by channel."""
+    arrays = [np.asarray(x, "float64") for x in (query, key, value, upstream)]
+    query, key, value, upstream = arrays
+    outputs = [np.zeros_like(query), np.zeros_like(query)]
+    outputs += [np.zeros_like(key), np.zeros_like(value)]
+    for b in range(query.shape[0]):
+        valid = np.ones((query.shape[1], key.shape[1]), bool)
+        if mask is not None:
+            valid &= np.asarray(mask[b], bool)
+        for c in range(query.shape[2]):
+            q, k, v, g = (x[b, :, c] for x in arrays)
+            logits = np.where(valid, q[:, None] * k, -np.inf)
+            top = logits.max(1, keepdims=True)
+            weights = np.exp(logits - np.where(np.isfinite(top), top, 0))
+            weights /= np.maximum(weights.sum(1, keepdims=True), 1e-300)
+            y = weights @ v
+            inner = weights * g[:, None] * (v - y[:, None])
+            outputs[0][b, :, c] = y
+            # Centred keys: the sum over j of `inner` is zero.
+            outputs[1][b, :, c] = inner @ (k - k.mean())
+            outputs[2][b, :, c] = inner.T @ q
+            outputs[3][b, :, c] = weights.T @ g
+    return outputs
+
+
+def value_and_gradients(query, key, value, upstream, jit=False, **arguments):
+    """Output and gradients by query, key and value of `vector_attention`."""
+
+    def attention(*tensors):
+        return vector_attention(*tensors, **arguments)
+
+    tensors = [ops.convert_to_tensor(x) for x in (query, key, value)]
+    upstream = ops.convert_to_tensor(upstream)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        @functools.partial(tf.function, jit_compile=True) if jit else (lambda f: f)
+        def run(*tensors):
+            with tf.GradientTape() as tape:
+                tape.watch(tensors)
+                output = attention(*tensors)
+            return output, *tape.gradient(output, tensors, upstream)
+
+        results = run(*tensors)
+    elif BACKEND == "jax":
+        import jax
+
+        def run(*tensors):
+            output, pullback = jax.vjp(attention, *tensors)
+            return output, *pullback(upstream)
+
+        results = (jax.jit(run) if jit else run)(*tensors)
+    else:
+        tensors = [x.detach().requires_grad_(True) for x in tensors]
+        output = attention(*tensors)
+        output.backward(upstream)
+        results = [output, *(x.grad for x in tensors)]
+    return [
+        np.asarray(
+            ops.convert_to_numpy(
+                ops.cast(
+                    x,
+                    "float64"
+                    if str(keras.backend.standardize_dtype(x.dtype)) == "float64"
+                    else "float32",
+                )
+            )
+        )
+        for x in results
+    ]
+
+
+def relative_errors(actual, expected):
+    """Relative 2-norm errors; absolute ones where the expected array is zero."""
+    errors = []
+    for a, e in zip(actual, expected, strict=True):
+        norm = np.linalg.norm(e)
+        scale = norm if norm > 1e-12 * np.sqrt(e.size) else np.sqrt(e.size)
+        errors.append(float(np.linalg.norm(a.astype("float64") - e) / scale))
+    return errors

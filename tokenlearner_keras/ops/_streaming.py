@@ -1,0 +1,134 @@
+"""Vector attention block by block: exact, and nothing of size queries times keys."""
+
+from keras import ops
+
+from tokenlearner_keras.ops._backend import loop
+
+BLOCK = 8
+
+
+def forward(query, key, value, key_mask, pair_mask=None, drop=None):
+    """Returns the outputs, the denominators and the derivatives by the query.
+
+    Args:
+        query: float tensor of shape `(batch, queries, d)`, scaled.
+        key: float tensor of shape `(batch, keys, d)`, zero where masked.
+        value: float tensor of shape `(batch, keys, d)`, zero where masked.
+        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros.
+        pair_mask: float tensor of shape `(batch, queries, keys)` or `None`.
+        drop: Function `(query_indices, key_indices)` to the factors of the dropout,
+            `(batch, queries, keys, d)`, or `None`.
+    """
+    keys, count = ops.shape(key)[1], -(-ops.shape(key)[1] // BLOCK)
+    low, high = key_limits(key, key_mask)
+    reference = references(query, low, high)[:, :, None]
+    q = query[:, :, None]
+    padded_key, padded_value, padded_mask = (
+        _pad(x, count, axis=1) for x in (key, value, key_mask)
+    )
+    padded_pairs = None if pair_mask is None else _pad(pair_mask, count, axis=2)
+
+    def body(index, sums):
+        start = index * BLOCK
+        k = _block(padded_key, start, 1)[:, None] - reference
+        v = _block(padded_value, start, 1)[:, None]
+        mask = _block(padded_mask, start, 1)[:, None]
+        if padded_pairs is not None:
+            mask = mask * _block(padded_pairs, start, 2)[..., None]
+        weight = _masked(ops.exp(_masked(q * k, mask)), mask)
+        k = _masked(k, mask)
+        dropped = weight
+        if drop is not None:
+            dropped = weight * drop(
+                ops.arange(ops.shape(query)[1]), start + ops.arange(BLOCK)
+            )
+        parts = (weight, weight * k, dropped * v, dropped * v * k)
+        return tuple(s + ops.sum(p, axis=2) for s, p in zip(sums, parts))
+
+    # Zeros that inherit every axis, those of unknown size too, and no NaN.
+    zeros = ops.zeros_like(query)
+    sums = loop(count, body, (zeros,) * 4)
+    del keys
+    return finish(*sums)
+
+
+def finish(weights, weighted_keys, weighted_values, weighted_products):
+    """Returns outputs, denominators and slopes, zero where there is no key."""
+    empty = weights == 0
+    denominator = ops.where(empty, ops.ones_like(weights), weights)
+    output = weighted_values / denominator
+    slope = (weighted_products - output * weighted_keys) / denominator
+    return output, denominator, slope
+
+
+def backward(query, key, value, key_mask, output, factor, pair_mask=None, drop=None):
+    """Returns the sums over the queries that the gradients of key and value need.
+
+    Args:
+        query: As in `forward`.
+        key: As in `forward`.
+        value: As in `forward`.
+        key_mask: As in `forward`.
+        output: What `forward` returned.
+        factor: The upstream gradient divided by the denominators.
+        pair_mask: As in `forward`.
+        drop: As in `forward`.
+    """
+    count = -(-ops.shape(query)[1] // BLOCK)
+    low, high = key_limits(key, key_mask)
+    reference = references(query, low, high)
+    padded = [_pad(x, count, axis=1) for x in (query, reference, factor, output)]
+    padded_pairs = None if pair_mask is None else _pad(pair_mask, count, axis=1)
+    k, mask = key[:, None], key_mask[:, None]
+
+    def body(index, sums):
+        start = index * BLOCK
+        q, c, h, y = (_block(x, start, 1)[:, :, None] for x in padded)
+        block_mask = mask
+        if padded_pairs is not None:
+            block_mask = mask * _block(padded_pairs, start, 1)[..., None]
+        weight = _masked(ops.exp(_masked(q * (k - c), block_mask)), block_mask) * h
+        dropped = weight
+        if drop is not None:
+            dropped = weight * drop(
+                start + ops.arange(BLOCK), ops.arange(ops.shape(key)[1])
+            )
+        parts = (dropped, dropped * q, weight * q * y)
+        return tuple(s + ops.sum(p, axis=1) for s, p in zip(sums, parts))
+
+    zeros = ops.zeros_like(key)
+    return loop(count, body, (zeros,) * 3)
+
+
+def key_limits(key, key_mask):
+    """Returns the smallest and the largest valid key, `(batch, 1, d)`; else zeros."""
+    infinity = ops.full_like(key, float("inf"))
+    low = ops.min(ops.where(key_mask > 0, key, infinity), axis=1, keepdims=True)
+    high = ops.max(ops.where(key_mask > 0, key, -infinity), axis=1, keepdims=True)
+    empty = low > high
+    return tuple(ops.where(empty, ops.zeros_like(x), x) for x in (low, high))
+
+
+def references(query, low, high):
+    """Returns for each query the key whose logit is the largest."""
+    return ops.where(query >= 0, high, low)
+
+
+def _masked(x, mask):
+    return ops.where(mask > 0, x, ops.zeros_like(x))
+
+
+def _pad(x, count, axis):
+    """Pads an axis with zeros up to `count` blocks."""
+    shape = list(ops.shape(x))
+    missing = count * BLOCK - shape[axis]
+    if isinstance(missing, int) and missing == 0:
+        return x
+    shape[axis] = missing
+    return ops.concatenate([x, ops.zeros(shape, dtype=x.dtype)], axis=axis)
+
+
+def _block(x, start, axis):
+    starts, shape = [0] * len(x.shape), list(ops.shape(x))
+    starts[axis], shape[axis] = start, BLOCK
+    return ops.slice(x, starts, shape)
