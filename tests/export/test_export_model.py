@@ -150,7 +150,7 @@ def test_int8_weights(format, tmp_path):
 def dense_model():
     """Nearly all of its bytes are one kernel."""
     inputs = keras.Input((8, 8, 3))
-    x = keras.layers.Dense(1024)(keras.layers.Flatten()(inputs))
+    x = keras.layers.Dense(1024, "relu")(keras.layers.Flatten()(inputs))
     model = keras.Model(inputs, keras.layers.Dense(5)(x))
     randomize_weights(model, scale=0.05)
     return model
@@ -238,14 +238,26 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("m.tflite", {"format": "torch"}, r"`format` must be one of"),
+        (
+            "m.tflite",
+            {"format": "torch"},
+            r"argument `format`. Expected one of \('saved_model'",
+        ),
         ("m.onnx", {"format": "litert"}, r"must end with '.tflite'. Received"),
         ("m.onnx", {"format": "saved_model"}, r"must be a folder. Received"),
         ("m.onnx", {"signatures": ("predict",)}, r"must list some of \('serve'"),
         ("m.onnx", {"signatures": ("attention_maps",)}, "no `TokenLearner`"),
-        ("m.onnx", {"quantize": "int4"}, r"`quantize` must be one of"),
+        (
+            "m.onnx",
+            {"quantize": "int4"},
+            r"argument `quantize`. Expected one of \(None, 'int8'",
+        ),
         ("m.onnx", {"batch_size": 0}, r"`batch_size` must be"),
-        ("m.onnx", {"output_activation": "relu"}, r"`output_activation` must be"),
+        (
+            "m.onnx",
+            {"output_activation": "relu"},
+            r"argument `output_activation`. Expected one of",
+        ),
         ("m.onnx", {"signatures": ("train",)}, "'train' is a signature of SavedModels"),
         ("m", {"quantize": "float16"}, r"SavedModels are written with `quantize=None`"),
         ("m", {"batch_size": 2}, r"SavedModels have a free batch"),

@@ -408,9 +408,9 @@ def _check_check_data(check_data, signatures):
 
 
 def _check_file(path, overwrite):
+    if path.is_dir():
+        raise ValueError(f"The path {path} is a folder.")
     for file in exported_files(path):
-        if file.is_dir():
-            raise ValueError(f"The path {file} is a folder.")
         if file.exists() and not overwrite:
             raise ValueError(
                 f"The path {file} exists already. Pass `overwrite=True` to replace it."
