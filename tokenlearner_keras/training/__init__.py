@@ -1,4 +1,12 @@
+from tokenlearner_keras.training.checkpointing import (
+    NonFiniteLossError,
+    TrainingState,
+    WorkerLostError,
+    train,
+)
+from tokenlearner_keras.training.distillation import distill_token_learner
 from tokenlearner_keras.training.distributed import distributed
+from tokenlearner_keras.training.pipeline import DataWait, make_pipeline
 from tokenlearner_keras.training.recipes import (
     AVID,
     CHARADES,
@@ -17,11 +25,18 @@ __all__ = [
     "CHARADES",
     "RECIPES",
     "VIT_FINE_TUNING",
+    "DataWait",
+    "NonFiniteLossError",
     "Recipe",
+    "TrainingState",
+    "WorkerLostError",
+    "distill_token_learner",
     "distributed",
     "get_strategy",
     "global_batch_size",
     "make_loss",
     "make_optimizer",
+    "make_pipeline",
     "make_schedule",
+    "train",
 ]
