@@ -123,6 +123,11 @@ def test_macs_by_hand():
     assert count_flops(model).total == 4 * 4 * 8 * 9 * 2
     model = one_layer(layers.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 4))
     assert count_flops(model).total == 7 * 7 * 9 * 4 * 2
+    model = one_layer(layers.Conv1D(8, 3, dilation_rate=2), (9, 4))
+    assert count_flops(model).total == 5 * 3 * 4 * 8
+    dilated = layers.Conv2D(8, 3, padding="same", dilation_rate=2)
+    # 9 positions have 3 taps each, of which 2 at either end meet the padding.
+    assert count_flops(one_layer(dilated, (9, 9, 4))).total == 23 * 23 * 4 * 8
     model = one_layer(layers.Conv3D(5, (3, 1, 1)), (6, 4, 4, 2))
     assert count_flops(model).total == 4 * 16 * 3 * 2 * 5
     model = one_layer(layers.Dense(7), (5, 3))

@@ -205,8 +205,7 @@ def count_flops(
     as the paper counts it: what it runs depends on the data. With any other method it
     is counted as it runs. Of the branches of a conditional the costliest counts; a loop
     counts as often as it runs where that can be read off the graph, else it is counted
-    once and listed in `uncounted`. TensorFlow writes a dilated convolution as a plain
-    one between two rearrangements, whose padding is counted.
+    once and listed in `uncounted`.
 
     Args:
         model: Keras model with known inputs, functional for instance.
@@ -591,15 +590,61 @@ def _convolution(op, image, result, padding_counts):
         before = max(reach - size, 0) // 2 if padding == "SAME" else 0
         if explicit is not None:
             before = explicit[2 * axis]
-        taps *= sum(
-            0 <= step * stride - before + tap * dilation < size
-            for step in range(steps)
-            for tap in range(width)
+        taps *= _taps(size, steps, width, stride, dilation, before)
+    count = result_shape[0] * taps
+    if not padding_counts:
+        count = _dilated_taps(op) or count
+    # The input channels (of one group) and the output channels; of a depthwise kernel
+    # the channels and their multiplier.
+    return count * kernel[-2] * kernel[-1]
+
+
+def _taps(size, steps, width, stride, dilation, before):
+    """How many kernel taps fall on the input, along one axis."""
+    return sum(
+        0 <= step * stride - before + tap * dilation < size
+        for step in range(steps)
+        for tap in range(width)
+    )
+
+
+def _dilated_taps(op):
+    """Taps of a dilated convolution; `None` if it is none.
+
+    TensorFlow writes it as a plain one between two rearrangements, which pad.
+    """
+    import tensorflow as tf
+
+    before = op.inputs[0].op
+    while before.type == "ExpandDims":
+        before = before.inputs[0].op
+    after = op
+    while after.type in ("Squeeze", op.type) and len(after.outputs[0].consumers()) == 1:
+        after = after.outputs[0].consumers()[0]
+    if (before.type, after.type) != ("SpaceToBatchND", "BatchToSpaceND"):
+        return None
+    dilations, paddings = (tf.get_static_value(t) for t in before.inputs[1:])
+    if dilations is None or paddings is None:
+        return None
+    rank = len(dilations)
+    image_shape, result_shape = _shape(before.inputs[0]), _shape(after.outputs[0])
+    widths = _shape(op.inputs[1])[:-2][-rank:]
+    taps = result_shape[0]
+    for axis in range(rank):
+        taps *= _taps(
+            image_shape[1 + axis],
+            result_shape[1 + axis],
+            widths[axis],
+            1,
+            int(dilations[axis]),
+            int(paddings[axis][0]),
         )
-    if op.type == "DepthwiseConv2dNative":
-        return result_shape[0] * taps * kernel[-2] * kernel[-1]
-    # kernel[-2] is the number of input channels of one group.
-    return result_shape[0] * taps * kernel[-2] * kernel[-1]
+    # The axes of a convolution that the rearrangement leaves alone are not dilated.
+    return taps if rank == len(op.inputs[1].shape) - 2 or _is_1d(op) else None
+
+
+def _is_1d(op):
+    return op.inputs[0].op.type == "ExpandDims"
 
 
 def _arithmetic(op):
