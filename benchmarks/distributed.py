@@ -26,7 +26,8 @@ def build(arguments):
         return tlk.models.vit("B/16", num_tokens=8)
     if arguments.model == "video":
         shape = (arguments.num_frames, 224, 224, 3)
-        return tlk.models.x2plus1d("M", input_shape=shape, num_tokens=8)
+        # Without dropout: its random numbers are those of a device.
+        return tlk.models.x2plus1d("M", input_shape=shape, num_tokens=8, dropout=0.0)
     config = tlk.models.ViTConfig(
         patch_size=8, hidden_dim=32, num_layers=2, num_heads=2, mlp_dim=64
     )
@@ -43,7 +44,11 @@ def make_model(arguments, strategy, precision):
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
     with strategy.scope():
-        model = distributed(build(arguments))
+        # Bytes, as a data set has them: a quarter of what is copied to the device.
+        network = build(arguments)
+        inputs = keras.Input(network.input_shape[1:], dtype="uint8")
+        images = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+        model = distributed(keras.Model(inputs, network(images)))
         model.compile(
             keras.optimizers.AdamW(1e-4, weight_decay=0.05),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -57,7 +62,7 @@ def make_batches(model, batch_size, num_batches):
     """Random inputs and labels, the batches stacked."""
     rng = np.random.default_rng(0)
     size = num_batches, batch_size
-    x = rng.standard_normal((*size, *model.input_shape[1:]), dtype="float32")
+    x = rng.integers(0, 256, (*size, *model.input_shape[1:]), dtype="uint8")
     return x, rng.integers(0, model.output_shape[-1], size)
 
 
@@ -66,6 +71,8 @@ def make_dataset(batches):
 
     dataset = tf.data.Dataset.from_tensor_slices(batches).cache().repeat()
     options = tf.data.Options()
+    # The thread that tunes a pipeline can hold up its end for a minute.
+    options.autotune.enabled = False
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
@@ -102,6 +109,7 @@ def first_losses(arguments, strategy, precision, num_devices, duplicate):
         make_dataset(batches),
         steps_per_epoch=steps,
         epochs=1,
+        shuffle=False,
         verbose=0,
         callbacks=[callback],
     )
@@ -138,6 +146,7 @@ class Timer:
             self.dataset,
             steps_per_epoch=last + 1,
             epochs=1,
+            shuffle=False,
             verbose=0,
             callbacks=[Clock()],
         )

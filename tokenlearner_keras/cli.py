@@ -19,6 +19,9 @@ def make_parser() -> argparse.ArgumentParser:
     from tokenlearner_keras.export import commands as export_commands
 
     export_commands.add_commands(commands)
+    commands.add_parser(
+        "train", help="train a named recipe (`train --help` says more)", add_help=False
+    )
     return parser
 
 
@@ -32,8 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 if some of the work failed, 2 for bad input.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    parsed = make_parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if arguments[:1] == ["train"]:
+            # Its options are the fields of a configuration, which has its own parser.
+            from tokenlearner_keras.training.commands import run_train
+
+            return run_train(arguments[1:])
+        parsed = make_parser().parse_args(arguments)
         return parsed.run(parsed)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

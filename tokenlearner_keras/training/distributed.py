@@ -238,7 +238,13 @@ class _ReplicaSteps:
         model, strategy = self.model, self.strategy
         if not model.run_eagerly:
             jit = bool(model.jit_compile)
-            self.forward = tf.function(self._forward, jit_compile=jit, autograph=False)
+            self._check_synchronized(jit)
+            # Without XLA the layers may communicate, so nothing stands around them.
+            self.forward = self._forward
+            if jit:
+                self.forward = tf.function(
+                    self._forward, jit_compile=True, autograph=False
+                )
             self.update = tf.function(self._update, jit_compile=jit, autograph=False)
 
         def one_step(data):
@@ -328,6 +334,19 @@ class _ReplicaSteps:
         return bool(accelerators) and all(
             layer.supports_jit for layer in self.model._flatten_layers()
         )
+
+    def _check_synchronized(self, jit):
+        names = [
+            layer.name
+            for layer in self.model._flatten_layers()
+            if getattr(layer, "synchronized", False)
+        ]
+        if jit and names:
+            raise ValueError(
+                "A layer that communicates in its forward pass cannot be compiled for "
+                "one device. Compile the model with `jit_compile=False`, or use "
+                f"`synchronized=False`. Received: jit_compile=True, layers={names}"
+            )
 
     def _losses_are_means(self):
         """Whether the loss of a batch is the mean of the losses of its examples."""

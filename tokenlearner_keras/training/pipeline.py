@@ -1,0 +1,202 @@
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tokenlearner_keras.layers._checks import check_positive_int
+
+
+def make_pipeline(
+    examples: Any,
+    batch_size: int,
+    decode: Callable[..., Any] | None = None,
+    shuffle: int = 0,
+    seed: int = 0,
+    epoch: Any = 0,
+    drop_remainder: bool = True,
+    strategy: Any = None,
+) -> Any:
+    """Returns batches: shuffled, shared out among the workers, decoded in parallel.
+
+    The order of the steps is what makes it fast and repeatable. References (file names,
+    indices) are shuffled before they are decoded; each worker decodes its own share
+    alone; and a random augmentation gets its seed from the place of the example in the
+    epoch, not from the thread that runs it. The same `seed` and `epoch` give the same
+    batches, and any number of workers sees the same examples in each step.
+
+    Args:
+        examples: A `tf.data.Dataset` of single examples, in a fixed order.
+        batch_size: int. Examples in a step, over all workers and replicas.
+        decode: Function on an example, run in parallel. If it has a parameter `seed`,
+            it gets an int32 tensor of shape `(2,)` for `tf.random.stateless_*`.
+        shuffle: int. Size of the shuffle buffer. 0 keeps the order.
+        seed: int. Seed of the order and of the augmentation.
+        epoch: int or scalar int64 tensor: another order each epoch.
+        drop_remainder: bool. Whether to drop a last batch that is not full. Static
+            batches compile once under XLA.
+        strategy: A `tf.distribute.Strategy`, or `None` for the one whose scope is open.
+
+    Returns:
+        A `tf.data.Dataset` for `fit`, or for `train` as the result of `make_dataset`.
+
+    Raises:
+        ValueError: for an argument out of range, or a batch that does not divide by the
+            number of replicas.
+    """
+    import inspect
+
+    import tensorflow as tf
+
+    check_positive_int("batch_size", batch_size)
+    strategy = strategy or tf.distribute.get_strategy()
+    replicas = strategy.num_replicas_in_sync
+    if batch_size % replicas:
+        raise ValueError(
+            "Argument `batch_size` counts the examples over all replicas, and must "
+            f"divide by their number. Received: batch_size={batch_size}, "
+            f"{replicas} replicas"
+        )
+    if not isinstance(shuffle, int) or shuffle < 0:
+        raise ValueError(
+            "Argument `shuffle` must be the size of the shuffle buffer, 0 or more. "
+            f"Received: shuffle={shuffle!r}"
+        )
+    epoch = tf.cast(epoch, "int64")
+    dataset = examples
+    if shuffle:
+        # Another seed for each epoch, and far from those of the next seeds.
+        order = tf.constant(seed, "int64") * 1_000_003 + epoch
+        dataset = dataset.shuffle(shuffle, seed=order, reshuffle_each_iteration=False)
+    dataset = dataset.enumerate()
+    workers, worker = num_workers(strategy)
+    if workers > 1:
+        dataset = dataset.shard(workers, worker)
+    wants_seed = decode is not None and "seed" in inspect.signature(decode).parameters
+
+    def decode_one(index, example):
+        parts = example if isinstance(example, tuple) else (example,)
+        if decode is None:
+            return example
+        if not wants_seed:
+            return decode(*parts)
+        pair = tf.stack([tf.constant(seed, "int64") * 1_000_003 + epoch, index])
+        return decode(*parts, seed=tf.cast(pair % (2**31), "int32"))
+
+    dataset = dataset.map(
+        decode_one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = True
+    # The workers' shares are cut above, before the decoding.
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.OFF
+    )
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def num_workers(strategy: Any) -> tuple[int, int]:
+    """The number of workers of a `tf.distribute` strategy, and the index of this one.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+
+    Returns:
+        A pair of ints, `(1, 0)` without several workers.
+    """
+    resolver = strategy.cluster_resolver
+    if resolver is None or not resolver.task_type:
+        return 1, 0
+    cluster = resolver.cluster_spec().as_dict()
+    chiefs = len(cluster.get("chief", ()))
+    workers = len(cluster.get("worker", ()))
+    first = 0 if resolver.task_type == "chief" else chiefs
+    return max(chiefs + workers, 1), first + resolver.task_id
+
+
+class DataWait(keras.callbacks.Callback):
+    """Measures the share of the time of a step that is spent waiting for data.
+
+    At the end of each epoch the share, from 0 to 1, is added to the logs as
+    `"data_wait"`: the progress line, `History`, `CSVLogger` and `TensorBoard` show it,
+    if their callback stands after this one. Near 0, the devices are the limit; near 1,
+    the input pipeline is.
+
+    Under `OneDeviceStrategy` and `MirroredStrategy` batches are copied ahead of time,
+    and it is the copying that waits: the share is then an upper bound.
+
+    Args:
+        verbose: bool. Whether to print the share after each epoch.
+
+    Example:
+
+    ```python
+    wait = DataWait()
+    model.fit(wait.watch(dataset), callbacks=[wait])
+    ```
+    """
+
+    def __init__(self, verbose: bool = True):
+        super().__init__()
+        self.verbose = verbose
+        self.shares = []
+        self._waited = None
+
+    def watch(self, dataset: Any) -> Any:
+        """Returns `dataset` with a clock before and after each of its elements.
+
+        Args:
+            dataset: The last stage of a `tf.data` pipeline.
+
+        Returns:
+            A `tf.data.Dataset` with the same elements.
+        """
+        import tensorflow as tf
+
+        if self._waited is None:
+            with tf.device("CPU:0"):
+                self._waited = tf.Variable(0.0, dtype="float64", trainable=False)
+        # `zip` asks its parts in turn, so the clocks stand around the waiting.
+        clock = tf.data.Dataset.counter().map(lambda _: tf.timestamp())
+        timed = tf.data.Dataset.zip((clock, dataset, clock))
+
+        def count(start, element, end):
+            with tf.control_dependencies([self._waited.assign_add(end - start)]):
+                return tf.nest.map_structure(tf.identity, element)
+
+        options = tf.data.Options()
+        # A prefetch after the clocks would measure its own waiting.
+        options.experimental_optimization.inject_prefetch = False
+        length = dataset.cardinality()
+        watched = timed.map(count).with_options(options)
+        if int(length) < 0:  # unknown, and to stay so
+            return watched
+        return watched.apply(tf.data.experimental.assert_cardinality(length))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._waited is not None:
+            self._waited.assign(0.0)
+        self._start = time.time()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._end = time.time()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._waited is None:
+            raise ValueError(
+                "`DataWait` must watch the data set that is trained on: "
+                "`model.fit(wait.watch(dataset), callbacks=[wait])`"
+            )
+        elapsed = max(self._end - self._start, 1e-9)
+        share = min(float(self._waited.numpy()) / elapsed, 1.0)
+        self.shares.append(share)
+        if logs is not None:
+            logs["data_wait"] = share
+        if self.verbose:
+            print(
+                f"\nEpoch {epoch + 1}: {share:.1%} of the time of the steps was spent "
+                "waiting for data",
+                flush=True,
+            )
