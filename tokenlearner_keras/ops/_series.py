@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from tokenlearner_keras.ops._backend import loop
 from tokenlearner_keras.ops._coefficients import COEFFICIENTS
 from tokenlearner_keras.ops._streaming import key_limits
 
@@ -25,13 +26,17 @@ MAX_CANCELLATION = 16.0
 
 @functools.cache
 def sizes(dtype="float32"):
-    """Returns the compiled sizes: tuples of terms, reach and series coefficients."""
-    if dtype != "float64":
-        return tuple((n, z, _scaled(c, z)) for n, z, c in COEFFICIENTS)
-    return tuple(
-        (n, z, _scaled((1.0,) * n, z))
-        for n, z in ((n, taylor_reach(n, 2.0**-52)) for n in (24, 48, 96))
-    )
+    """Returns the compiled sizes: terms, reach, series coefficients, whether unrolled.
+
+    Only the first is unrolled: it runs faster so, and the others compile faster as
+    loops.
+    """
+    if dtype == "float64":
+        reaches = [(n, taylor_reach(n, 2.0**-52)) for n in (48, 96)]
+        table = [(n, z, (1.0,) * n) for n, z in reaches]
+    else:
+        table = COEFFICIENTS
+    return tuple((n, z, _scaled(c, z), i == 0) for i, (n, z, c) in enumerate(table))
 
 
 def taylor_reach(num_terms, tolerance):
@@ -65,27 +70,33 @@ def _scaled(coefficients, reach):
 
 
 def size(num_terms, dtype="float32"):
-    """Returns the size with `num_terms` terms."""
+    """Returns the size with `num_terms` terms, unrolled."""
     for found in sizes(dtype):
         if found[0] == num_terms:
-            return found
+            return (*found[:3], True)
     reach = taylor_reach(num_terms, 2.0**-52 if dtype == "float64" else 2.0**-23)
-    return num_terms, reach, _scaled((1.0,) * num_terms, reach)
+    return num_terms, reach, _scaled((1.0,) * num_terms, reach), True
 
 
 def geometry(query, key, key_mask):
-    """Returns `z`, the middle and half the range of the keys, and `t`, by channel."""
+    """Returns `z` and half the range of the keys, by channel, and `t`."""
     low, high = key_limits(key, key_mask)
     middle = low / 2 + high / 2
     # Constant keys: any range will do, and a small one needs few terms.
     half = ops.maximum(high / 2 - low / 2, 1e-20)
     shifted = (key - middle) / half * key_mask
     z = ops.max(ops.abs(query), axis=1, keepdims=True) * half
-    return z, middle, half, shifted
+    return z, half, shifted
 
 
-def powers_sums(x, first, second, count):
-    """Returns `[sum x^p first]` and `[sum x^p second]` over axis 1, p < `count`."""
+def powers_sums(x, first, second, count, unroll):
+    """Returns the sums of `x^p first` and of `x^p second` over axis 1, p < `count`.
+
+    Each is a list of tensors of shape `(batch, 1, d)`, or, not unrolled, a tensor of
+    shape `(count, batch, 1, d)`.
+    """
+    if not unroll:
+        return _powers_sums_loop(x, first, second, count)
     form = _powers_sums_form(x)
     if form == "kernel":
         from tokenlearner_keras.ops import _pallas
@@ -109,6 +120,20 @@ def powers_sums(x, first, second, count):
     return sums
 
 
+def _powers_sums_loop(x, first, second, count):
+    positions = ops.reshape(ops.arange(count), (count, 1, 1, 1))
+
+    def body(index, carry):
+        first, second, sums0, sums1 = carry
+        here = ops.cast(positions == index, x.dtype)
+        sums0 = sums0 + here * ops.sum(first, axis=1, keepdims=True)
+        sums1 = sums1 + here * ops.sum(second, axis=1, keepdims=True)
+        return first * x, second * x, sums0, sums1
+
+    zeros = ops.zeros((count, *ops.shape(x)[:1], 1, *ops.shape(x)[2:]), x.dtype)
+    return loop(count, body, (first, second, zeros, zeros))[2:]
+
+
 def _powers_sums_form(x):
     """Returns the form of `powers_sums` that is fastest on the device at hand."""
     backend = keras.backend.backend()
@@ -126,56 +151,81 @@ def _powers_sums_form(x):
     return "separate"
 
 
-def evaluate(coefficients, x):
-    """Returns the polynomial `sum_p coefficients[p] x^p` by Horner's rule."""
-    result = coefficients[-1] + ops.zeros_like(x)
-    for c in coefficients[-2::-1]:
-        result = result * x + c
-    return result
+def evaluate(scales, sums, x):
+    """Returns the series `sum_p scales[p] sums[p] x^p` by Horner's rule."""
+    unrolled = isinstance(sums, list)
+    count = min(len(scales), len(sums) if unrolled else sums.shape[0])
+    if unrolled:
+        result = scales[count - 1] * sums[count - 1] + ops.zeros_like(x)
+        for p in range(count - 2, -1, -1):
+            result = result * x + scales[p] * sums[p]
+        return result
+    scales = ops.reshape(ops.convert_to_tensor(scales[:count], x.dtype), (-1, 1, 1, 1))
+    terms = scales * sums[:count]
+
+    def body(index, carry):
+        return (carry[0] * x + ops.take(terms, count - 1 - index, axis=0),)
+
+    return loop(count, body, (ops.zeros_like(x),))[0]
 
 
-def forward(query, shifted_key, value, key_mask, center_range, size):
-    """Returns outputs, denominators, slopes and squared cancellations.
+def moments(shifted_key, value, key_mask, size):
+    """Returns the moments of ones and of the values, `(batch, 1, d)` each.
+
+    Args:
+        shifted_key: `t`, keys in [-1, 1], zero where masked.
+        value: Values, centred, zero where masked.
+        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros.
+        size: One of `sizes()`.
+    """
+    ones = key_mask + ops.zeros_like(value)
+    # One more than the series has terms: the derivative starts at the second.
+    return powers_sums(shifted_key, ones, value, size[0] + 1, size[3])
+
+
+def forward(query, m0, m1, half, size):
+    """Returns outputs and squared cancellations, a mean over the queries.
 
     Args:
         query: float tensor of shape `(batch, queries, d)`, scaled.
-        shifted_key: `t`, keys in [-1, 1], zero where masked.
-        value: Values, centred, zero where masked.
-        key_mask: float tensor that broadcasts to the keys.
-        center_range: `r`, tensor of shape `(batch, 1, d)`.
+        m0: Moments of ones.
+        m1: Moments of the values.
+        half: `r`, half the range of the keys, of shape `(batch, 1, d)`.
         size: One of `sizes()`.
     """
-    count, reach, scales = size
-    s = query * (center_range / reach)
-    ones = key_mask + ops.zeros_like(value)
-    m0, m1 = powers_sums(shifted_key, ones, value, count + 1)
+    _, reach, scales, _ = size
+    s = query * (half / reach)
     square = s * s
-    c0 = [a * m for a, m in zip(scales, m0)]
-    even, odd = evaluate(c0[0::2], square), s * evaluate(c0[1::2], square)
-    # The sum at -s, with which every alternating term has the same sign.
-    denominator, reverse = even + odd, even - odd
-    empty = m0[0] == 0
-    denominator = ops.where(empty, ops.ones_like(denominator), denominator)
-    cancellation = reverse / denominator
+    even = evaluate(scales[0::2], m0[0:-1:2], square)
+    odd = s * evaluate(scales[1::2], m0[1:-1:2], square)
+    denominator = _denominator(even + odd, m0)
+    # The sum at -s: there, what alternates here has the same sign.
+    cancellation = (even - odd) / denominator
     cancellation = ops.mean(cancellation * cancellation, axis=1, keepdims=True)
-    output = evaluate([a * m for a, m in zip(scales, m1)], s) / denominator
-    slope = evaluate([a * m for a, m in zip(scales, m1[1:])], s)
-    slope = slope - output * evaluate([a * m for a, m in zip(scales, m0[1:])], s)
-    slope = slope * center_range / denominator
-    return output, denominator, slope, cancellation
+    output = evaluate(scales, m1, s) / denominator
+    return output, cancellation
 
 
-def backward(query, shifted_key, output, factor, center_range, size):
-    """Returns the sums over the queries that the gradients of key and value need."""
-    count, reach, scales = size
-    s = query * (center_range / reach)
-    h, hy = powers_sums(s, factor, factor * output, count + 1)
-    to_query = reach / center_range
+def backward(query, shifted_key, m0, m1, output, upstream, half, size):
+    """Returns the gradient of the query and three sums for those of key and value."""
+    count, reach, scales, unroll = size
+    s = query * (half / reach)
+    series = functools.partial(evaluate, scales)
+
+    factor = upstream / _denominator(series(m0, s), m0)
+    to_query = factor * half * (series(m1[1:], s) - output * series(m0[1:], s))
+    h, hy = powers_sums(s, factor, factor * output, count + 1, unroll)
     return (
-        evaluate([a * m for a, m in zip(scales, h)], shifted_key),
-        evaluate([a * m for a, m in zip(scales, h[1:])], shifted_key) * to_query,
-        evaluate([a * m for a, m in zip(scales, hy[1:])], shifted_key) * to_query,
+        to_query,
+        series(h, shifted_key),
+        series(h[1:], shifted_key) * (reach / half),
+        series(hy[1:], shifted_key) * (reach / half),
     )
+
+
+def _denominator(x, m0):
+    # Without any valid key every sum is zero, and so is the output.
+    return ops.where(m0[0] == 0, ops.ones_like(x), x)
 
 
 def remainder(num_terms, z, dtype="float32"):

@@ -19,7 +19,7 @@ def forward(query, key, value, key_mask, pair_mask=None, drop=None):
         drop: Function `(query_indices, key_indices)` to the factors of the dropout,
             `(batch, queries, keys, d)`, or `None`.
     """
-    keys, count = ops.shape(key)[1], -(-ops.shape(key)[1] // BLOCK)
+    count = -(-ops.shape(key)[1] // BLOCK)
     low, high = key_limits(key, key_mask)
     reference = references(query, low, high)[:, :, None]
     q = query[:, :, None]
@@ -48,7 +48,6 @@ def forward(query, key, value, key_mask, pair_mask=None, drop=None):
     # Zeros that inherit every axis, those of unknown size too, and no NaN.
     zeros = ops.zeros_like(query)
     sums = loop(count, body, (zeros,) * 4)
-    del keys
     return finish(*sums)
 
 

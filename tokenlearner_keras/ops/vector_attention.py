@@ -231,141 +231,194 @@ def _function(method, num_terms, dtype, has_pairs, dropout):
     """Returns the differentiable function of one method."""
 
     def extras(args):
+        """Mask of pairs and dropout, for the streaming form alone."""
         rest = list(args[4:])
         pairs = rest.pop(0) if has_pairs else None
-        drop = _dropout(args[0], args[1], dropout, rest.pop(0)) if dropout else None
+        seed = rest.pop(0) if dropout else None
+        drop = dropout_factors(args[0], args[1], args[2], dropout, seed)
         return pairs, drop
 
-    def stream(*args):
-        return _streaming.forward(*args[:4], *extras(args))
-
-    def stream_backward(args, output, factor):
-        return _streaming.backward(*args[:4], output, factor, *extras(args))
-
     if method == "streaming":
-        sizes = ()
-    elif method == "interpolated":
-        sizes = (_series.size(num_terms or INTERPOLATED_TERMS, dtype),)
-    else:
-        sizes = _series.sizes(dtype)
+        return with_gradient(
+            *_streaming_pair(extras, center=not (dropout or has_pairs))
+        )
+    if method == "interpolated":
+        size = _series.size(num_terms or INTERPOLATED_TERMS, dtype)
+        return with_gradient(*_interpolated_pair(size))
+    return with_gradient(*_auto_pair(_series.sizes(dtype)))
 
-    def forward(*args):
+
+def _centered(value, key_mask):
+    """Returns values less their mean, and the mean, `(batch, 1, channels)`.
+
+    The weights add up to one, so that the output moves with the mean; sums of smaller
+    numbers lose less. Infinities stay as they are.
+    """
+    count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+    mean = ops.sum(value, axis=1, keepdims=True) / count
+    mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+    return (value - mean) * key_mask, mean
+
+
+def _key_and_value_gradients(sums, value, key_mask):
+    s0, s1, s2 = sums
+    return (value * s1 - s2) * key_mask, s0 * key_mask
+
+
+def _streaming_pair(extras, center):
+    """Forward and backward function of `"streaming"`."""
+
+    def prepare(args):
         query, key, value, key_mask = args[:4]
         mean = ops.zeros_like(value[:, :1])
-        if not dropout and not has_pairs:
-            # The weights add up to one: sums of small numbers lose less.
-            count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-            mean = ops.sum(value, axis=1, keepdims=True) / count
-            mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
-        centered = (value - mean) * key_mask
-        args = (query, key, centered, *args[3:])
-        index = ops.cast(0, "int32")
-        if method == "streaming":
-            output, denominator, slope = stream(*args)
-        elif method == "interpolated":
-            output, denominator, slope = _interpolated(args, sizes[0])
-        else:
-            output, denominator, slope, index = _auto(args, sizes, stream)
-        result = output + mean
-        if method != "streaming" or not has_pairs:
-            # Rows without a key are zero, not the mean of nothing.
-            result = result * ops.cast(ops.any(key_mask > 0, 1, keepdims=True), dtype)
-        return result, (mean, output, denominator, slope, index)
+        if center:
+            value, mean = _centered(value, key_mask)
+        return (query, key, value, key_mask), mean
+
+    def forward(*args):
+        tensors, mean = prepare(args)
+        results = _streaming.forward(*tensors, *extras(args))
+        return results[0] + mean, results
 
     def backward(args, residuals, upstream):
-        query, key, value, key_mask = args[:4]
-        mean, output, denominator, slope, index = residuals
-        centered = (value - mean) * key_mask
-        factor = upstream / denominator
-        tensors = (query, key, centered, key_mask, *args[4:])
-
-        def linear(size):
-            def branch():
-                _, _, half, shifted = _series.geometry(query, key, key_mask)
-                return _series.backward(query, shifted, output, factor, half, size)
-
-            return branch
-
-        branches = [linear(size) for size in sizes]
-        if method != "interpolated":
-            branches.append(lambda: stream_backward(tensors, output, factor))
-        if len(branches) == 1:
-            sums = branches[0]()
-        else:
-            sums = ops.switch(index, branches)
-        s0, s1, s2 = sums
-        gradients = (
-            upstream * slope,
-            (centered * s1 - s2) * key_mask,
-            s0 * key_mask,
+        tensors, _ = prepare(args)
+        output, denominator, slope = residuals
+        sums = _streaming.backward(
+            *tensors, output, upstream / denominator, *extras(args)
         )
-        return gradients + (None,) * (len(args) - 3)
+        gradients = _key_and_value_gradients(sums, *tensors[2:])
+        return (upstream * slope, *gradients, *(None for _ in args[3:]))
 
-    return with_gradient(forward, backward)
+    return forward, backward
 
 
-def _auto(args, sizes, stream):
-    query, key, value, key_mask = args
-    z, _, half, shifted = _series.geometry(query, key, key_mask)
-    usable = ops.all(ops.isfinite(ops.sum(value, axis=1)))
+def _interpolated_pair(size):
+    """Forward and backward function of `"interpolated"`."""
 
-    def linear(size):
-        *outputs, cancellation = _series.forward(
-            query, shifted, value, key_mask, half, size
+    def forward(query, key, value, key_mask):
+        value, mean = _centered(value, key_mask)
+        z, half, shifted = _series.geometry(query, key, key_mask)
+        m0, m1 = _series.moments(shifted, value, key_mask, size)
+        output, cancellation = _series.forward(query, m0, m1, half, size)
+        kept = ops.logical_and(
+            z <= size[1], cancellation <= _series.MAX_CANCELLATION**2
         )
+        # Never silently wrong.
+        poison = ops.where(kept, ops.zeros_like(z), ops.full_like(z, float("nan")))
+        return output + mean + poison, (output, poison, *m0, *m1)
+
+    def backward(args, residuals, upstream):
+        query, key, value, key_mask = args
+        output, poison, *rest = residuals
+        m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        value, _ = _centered(value, key_mask)
+        _, half, shifted = _series.geometry(query, key, key_mask)
+        to_query, *sums = _series.backward(
+            query, shifted, m0, m1, output, upstream + poison, half, size
+        )
+        return (to_query, *_key_and_value_gradients(sums, value, key_mask), None)
+
+    return forward, backward
+
+
+def _auto_pair(sizes):
+    """Forward and backward function of `"auto"`."""
+
+    def linear(query, shifted, value, key_mask, z, half, size):
+        m0, m1 = _series.moments(shifted, value, key_mask, size)
+        output, cancellation = _series.forward(query, m0, m1, half, size)
         # `all(a <= b)` rather than a maximum: it must fail for NaN.
         kept = ops.logical_and(
             ops.all(z <= size[1]),
             ops.all(cancellation <= _series.MAX_CANCELLATION**2),
         )
-        return tuple(outputs), ops.logical_and(kept, usable)
+        kept = ops.logical_and(kept, ops.all(ops.isfinite(m1[0])))
+        return output, kept, m0, m1
 
-    def longer(size, index, otherwise):
-        def branch():
-            outputs, kept = linear(size)
-            outputs = (*outputs, ops.cast(index, "int32"))
-            return ops.cond(kept, lambda: outputs, otherwise)
+    def forward(query, key, value, key_mask):
+        value, mean = _centered(value, key_mask)
+        z, half, shifted = _series.geometry(query, key, key_mask)
+        tensors = query, shifted, value, key_mask, z, half
 
-        return branch
+        def exact():
+            output = _streaming.forward(query, key, value, key_mask)[0]
+            return output, ops.cast(len(sizes), "int32")
 
-    def exact():
-        return (*stream(*args), ops.cast(len(sizes), "int32"))
+        def longer(index, otherwise):
+            def branch():
+                output, kept, _, _ = linear(*tensors, sizes[index])
+                results = output, ops.cast(index, "int32")
+                return ops.cond(kept, lambda: results, otherwise)
 
-    # The shortest series runs before it is known to do: the usual case then needs one
-    # decision, which on a GPU means one wait for the host.
-    outputs, kept = linear(sizes[0])
-    outputs = (*outputs, ops.cast(0, "int32"))
-    longest = sizes[-1][1]
-    branch = exact
-    for index in range(len(sizes) - 1, 0, -1):
-        branch = longer(sizes[index], index, branch)
-    worth_it = ops.logical_and(ops.all(z <= longest), usable)
-    # Cancellation does not depend on the number of terms.
-    short_enough = ops.all(z <= sizes[0][1])
-    index = ops.where(kept, 0, ops.where(short_enough, 2, ops.where(worth_it, 1, 2)))
-    return ops.switch(index, [lambda: outputs, branch, exact])
+            return branch
+
+        # The shortest series runs before it is known to do: the usual case then needs
+        # one decision, which on a GPU means one wait for the host.
+        first, kept, m0, m1 = linear(*tensors, sizes[0])
+        branch = exact
+        for number in range(len(sizes) - 1, 0, -1):
+            branch = longer(number, branch)
+        # More terms help against truncation, not against cancellation.
+        longer_helps = ops.logical_and(
+            ops.logical_not(ops.all(z <= sizes[0][1])), ops.all(z <= sizes[-1][1])
+        )
+        choice = ops.where(kept, 0, ops.where(longer_helps, 1, 2))
+        output, index = ops.switch(
+            choice, [lambda: (first, ops.cast(0, "int32")), branch, exact]
+        )
+        return output + mean, (output, index, *m0, *m1)
+
+    def backward(args, residuals, upstream):
+        query, key, value, key_mask = args
+        output, index, *rest = residuals
+        value, _ = _centered(value, key_mask)
+
+        def series(number):
+            def branch():
+                size = sizes[number]
+                _, half, shifted = _series.geometry(query, key, key_mask)
+                if number == 0:
+                    m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+                else:
+                    m0, m1 = _series.moments(shifted, value, key_mask, size)
+                return _series.backward(
+                    query, shifted, m0, m1, output, upstream, half, size
+                )
+
+            return branch
+
+        def exact():
+            tensors = query, key, value, key_mask
+            again, denominator, slope = _streaming.forward(*tensors)
+            factor = upstream / denominator
+            return (upstream * slope, *_streaming.backward(*tensors, again, factor))
+
+        to_query, *sums = ops.switch(index, [*map(series, range(len(sizes))), exact])
+        return (to_query, *_key_and_value_gradients(sums, value, key_mask), None)
+
+    return forward, backward
 
 
-def _interpolated(args, size):
-    query, key, value, key_mask = args
-    z, _, half, shifted = _series.geometry(query, key, key_mask)
-    *outputs, cancellation = _series.forward(
-        query, shifted, value, key_mask, half, size
-    )
-    kept = ops.logical_and(z <= size[1], cancellation <= _series.MAX_CANCELLATION**2)
-    # Never silently wrong: the gradients become NaN with the denominators.
-    return tuple(ops.where(kept, x, ops.full_like(x, float("nan"))) for x in outputs)
+def pair_mask_of(mask, query, key):
+    """Returns any mask, `None` too, as booleans `(batch, queries, keys)`."""
+    shape = (ops.shape(query)[0], ops.shape(query)[1], ops.shape(key)[1])
+    if mask is None:
+        return ops.ones(shape, "bool")
+    mask = ops.cast(mask, "bool")
+    return ops.broadcast_to(mask[:, None] if len(mask.shape) == 2 else mask, shape)
 
 
-def _dropout(query, key, rate, seed):
-    """Returns a function from indices to the factors of the dropped weights.
+def dropout_factors(query, key, value, rate, seed=None):
+    """Returns a function from indices to the factors of the weights, or `None`.
 
     The factors are a hash of the position, so that the backward pass finds the same
     ones without any stored tensor.
     """
-    shape = ops.shape(query)
-    batch, queries, channels = shape[0], shape[1], shape[2]
-    keys = ops.shape(key)[1]
+    if not rate:
+        return None
+    seed = ops.cast(ops.convert_to_tensor(seed), "int32")
+    batch, queries = ops.shape(query)[0], ops.shape(query)[1]
+    keys, channels = ops.shape(key)[1], ops.shape(value)[2]
 
     def factors(query_indices, key_indices):
         i = ops.cast(query_indices, "int32")[None, :, None, None]
@@ -376,7 +429,7 @@ def _dropout(query, key, rate, seed):
         # A finalizer of the murmur3 family, on integers that wrap around.
         x = ops.bitwise_xor(x, seed[0])
         for factor, shift in ((0x7FEB352D, 16), (-0x7B935975, 15), (0x2C1B3C6D, 16)):
-            x = x * factor + seed[1]
+            x = x * ops.convert_to_tensor(factor, "int32") + seed[1]
             high = ops.bitwise_and(ops.right_shift(x, shift), (1 << (32 - shift)) - 1)
             x = ops.bitwise_xor(x, high)
         uniform = ops.cast(ops.bitwise_and(x, (1 << 24) - 1), query.dtype) / (1 << 24)
@@ -388,9 +441,8 @@ def _dropout(query, key, rate, seed):
 def _dense_dropout(query, key, rate, seed):
     if not rate:
         return None
-    seed = ops.cast(ops.convert_to_tensor(seed), "int32")
     indices = (ops.arange(ops.shape(x)[1]) for x in (query, key))
-    return _dropout(query, key, rate, seed)(*indices)
+    return dropout_factors(query, key, key, rate, seed)(*indices)
 
 
 def _check_shapes(query, key, value, mask):
@@ -408,7 +460,8 @@ def _check_shapes(query, key, value, mask):
         )
     if _differ(shapes[1][1], shapes[2][1]):
         raise ValueError(
-            f"Arguments `key` and `value` must have the same number of tokens. {message}"
+            "Arguments `key` and `value` must have the same number of tokens. "
+            f"{message}"
         )
     if mask is None:
         return
