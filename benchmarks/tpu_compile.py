@@ -17,6 +17,7 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud which TPU this is
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 # Name of the topology, and what one of its devices may use (GiB of HBM).
 TOPOLOGIES = {"v4:2x2x1": 32.0, "v5e:2x2": 16.0, "v6e:2x2": 32.0}

@@ -186,7 +186,7 @@ def train(
             f"in '{state.folder}'. TensorFlow says: {str(error).splitlines()[0]}"
         ) from error
     history.epoch = [*range(len(logs_before)), *history.epoch]
-    for name in {name for logs in logs_before for name in logs}:
+    for name in dict.fromkeys(name for logs in logs_before for name in logs):
         before = [logs[name] for logs in logs_before if name in logs]
         history.history[name] = before + history.history.get(name, [])
     return history

@@ -141,9 +141,11 @@ class _ReplicaSteps:
         return self._update_metrics(x, y, sample_weight, result)
 
     def _update_metrics(self, x, y, sample_weight, result):
+        import tensorflow as tf
+
         model = self.model
         model._loss_tracker.update_state(
-            result["loss"], sample_weight=result["batch_size"]
+            result["loss"], sample_weight=tf.shape(_first_tensor(x))[0]
         )
         return model.compute_metrics(
             x, y, result["y_pred"], sample_weight=sample_weight
@@ -155,7 +157,7 @@ class _ReplicaSteps:
 
         model = self.model
         replicas = self.strategy.num_replicas_in_sync
-        first = next(tensor for tensor in tree.flatten(x) if tensor is not None)
+        first = _first_tensor(x)
         with _recording_scope() as scope, tf.GradientTape() as tape:
             if model._call_has_training_arg:
                 y_pred = model(x, training=training)
@@ -171,7 +173,6 @@ class _ReplicaSteps:
             "y_pred": y_pred,
             # As `compute_loss` divides by the number of replicas.
             "loss": loss * replicas,
-            "batch_size": tf.shape(first)[0],
             "states": {},
         }
         averaged = set()
@@ -375,6 +376,10 @@ class _ReplicaSteps:
     def _local(self, variable, replica):
         """The component of a Keras variable on the device of a replica."""
         return self.strategy.experimental_local_results(variable._value)[replica]
+
+
+def _first_tensor(x):
+    return next(tensor for tensor in tree.flatten(x) if tensor is not None)
 
 
 def _recording_scope():

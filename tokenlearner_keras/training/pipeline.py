@@ -141,7 +141,7 @@ class DataWait(keras.callbacks.Callback):
     def __init__(self, verbose: bool = True):
         super().__init__()
         self.verbose = verbose
-        self.shares = []
+        self.seconds = []  # of waiting, in each epoch
         self._waited = None
 
     def watch(self, dataset: Any) -> Any:
@@ -190,8 +190,8 @@ class DataWait(keras.callbacks.Callback):
                 "`model.fit(wait.watch(dataset), callbacks=[wait])`"
             )
         elapsed = max(self._end - self._start, 1e-9)
-        share = min(float(self._waited.numpy()) / elapsed, 1.0)
-        self.shares.append(share)
+        self.seconds.append(float(self._waited.numpy()))
+        share = min(self.seconds[-1] / elapsed, 1.0)
         if logs is not None:
             logs["data_wait"] = share
         if self.verbose:
