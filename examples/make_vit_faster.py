@@ -52,8 +52,8 @@ QUICK = {
     "mlp_dim": 64,
     "train_images": 4_000,
     "test_images": 1_000,
-    "teacher_epochs": 10,
-    "recovery_epochs": (1, 2),
+    "teacher_epochs": 5,
+    "recovery_epochs": (1,),
     "batch_size": 128,
 }
 PATCH_SIZE, NUM_TOKENS, LOCATION = 4, 8, 0.5

@@ -294,6 +294,8 @@ def test_region_maps_are_spread():
 
 def test_insert_as_regions():
     model = our_vit(input_shape=(32, 48, 3))
+    positions = model.get_layer("position_embedding").weights[0]
+    positions.assign(10 * positions)
     arguments = dict(location=0, num_tokens=4, token_learner="v11")
     images = random_like((16, 32, 48, 3))
     new = tlk.insert_token_learner(model, regions_from=images, **arguments)

@@ -189,10 +189,12 @@ def insert_token_learner(
             f"{place}: {error}\n{chain.describe()}"
         ) from error
     if regions_from is not None:
-        inputs = new_model.get_layer(name).input
-        features = keras.Model(new_model.inputs, inputs).predict(
-            regions_from, verbose=0
-        )
+        part = keras.Model(new_model.inputs, new_model.get_layer(name).input)
+        features = [
+            ops.convert_to_numpy(ops.cast(part(batch, training=False), "float32"))
+            for batch in np.array_split(regions_from, -(-len(regions_from) // 64))
+        ]
+        features = np.concatenate(features)
         initialize_as_regions(learner, features)
     return new_model
 
@@ -1161,7 +1163,9 @@ def _copy_state(old, new):
     for a, b in zip(old._flatten_layers(), new._flatten_layers()):
         b.trainable = a.trainable
     for a, b in zip(old.weights, new.weights):
-        b.assign(a)
+        # Through an array of its own: JAX would let both share one buffer, which the
+        # training of either gives away.
+        b.assign(np.array(ops.convert_to_numpy(a)))
 
 
 @keras.saving.register_keras_serializable(package="tokenlearner_keras")

@@ -6,6 +6,7 @@ from tokenlearner_keras.training.checkpointing import (
 )
 from tokenlearner_keras.training.distillation import distill_token_learner
 from tokenlearner_keras.training.distributed import distributed
+from tokenlearner_keras.training.fine_tuning import TransferReport, transfer_weights
 from tokenlearner_keras.training.pipeline import DataWait, make_pipeline
 from tokenlearner_keras.training.recipes import (
     AVID,
@@ -29,6 +30,7 @@ __all__ = [
     "NonFiniteLossError",
     "Recipe",
     "TrainingState",
+    "TransferReport",
     "WorkerLostError",
     "distill_token_learner",
     "distributed",
@@ -39,4 +41,5 @@ __all__ = [
     "make_pipeline",
     "make_schedule",
     "train",
+    "transfer_weights",
 ]
