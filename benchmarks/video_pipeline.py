@@ -128,11 +128,12 @@ def main():
                         "files_at_once": parallel,
                         "frames_per_second": round(rate, 1),
                         "cores": round(cores, 2),
+                        "frames_per_core_second": round(rate / cores, 1),
                     }
                 )
                 print(
                     f"{name:20} {parallel} at once: {rate:8.1f} frames/s, "
-                    f"{cores:4.2f} cores",
+                    f"{cores:4.2f} cores, {rate / cores:7.1f} frames a core-second",
                     flush=True,
                 )
     result = {

@@ -47,7 +47,7 @@ from tokenlearner_keras.visualization import attention_figure, attention_maps
 
 MODULES = ("conv2d+conv1d", "conv2d+temporal", "conv2d+token_learner")
 # X3D-M's plan with half of the stages, most of the depth and of the width left out.
-SMALL = X2Plus1DConfig(stem_filters=8, filters=(12, 24), depths=(1, 2), head_filters=96)
+SMALL = X2Plus1DConfig(stem_filters=8, filters=(12, 32), depths=(1, 1), head_filters=96)
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 OBJECT = 8  # height and width of an object, in pixels
 STEPS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
@@ -77,12 +77,12 @@ def parse_arguments(argv=None):
         "--modules", nargs="+", default=MODULES, help="modules of the last stage"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each module")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=0.004)
+    parser.add_argument("--learning-rate", type=float, default=0.006)
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--size", type=int, default=32, help="height and width")
-    parser.add_argument("--tokens", type=int, default=2, help="tokens of a frame")
+    parser.add_argument("--tokens", type=int, default=3, help="tokens of a frame")
     parser.add_argument(
         "--clips", type=int, default=2400, help="clips made for training"
     )

@@ -33,14 +33,21 @@ def read_picture(path):
         return np.asarray(picture.convert("RGB"), "float32")
 
 
-def test_whole_run_on_moving_digits(example, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ("conv2d+conv1d", "conv2d+token_learner"),
+        pytest.param(("conv2d+temporal", "token_learner"), marks=pytest.mark.slow),
+    ],
+)
+def test_whole_run_on_moving_digits(modules, example, tmp_path, capsys):
     import tensorflow as tf
 
     output = tmp_path / "out"
     arguments = ["--clips", "16", "--test-clips", "12", "--output", str(output)]
-    rows = example.main([*SMALL, *arguments])
+    rows = example.main([*SMALL, *arguments, "--modules", *modules])
     printed = capsys.readouterr().out
-    assert [row["module"] for row in rows] == list(example.MODULES)
+    assert [row["module"] for row in rows] == list(modules)
     for row in rows:
         assert row["module"] in printed
         assert 0 < row["map_mean"] <= 1
@@ -84,9 +91,10 @@ def test_paths_are_what_their_motion_says(motion, example):
         across = (path - path[0]) @ np.abs(step[::-1])
         assert not across.any()
         if "comes back" in example.MOTIONS[motion]:
-            assert abs(along[-1]) <= 1
+            # To where it was, up to a step that was made before the first frame.
+            assert abs(along[-1]) <= 4
             assert along.max() >= 10
-            assert along.min() >= -1
+            assert along.min() >= min(along[-1], 0) - 1
             # It waits away from its place.
             assert (along >= along.max() - 1).sum() >= 3
         else:

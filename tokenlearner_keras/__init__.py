@@ -3,10 +3,12 @@
 from tokenlearner_keras import (
     checkpoints,
     data,
+    evaluation,
     export,
     layers,
     models,
     ops,
+    training,
     visualization,
 )
 from tokenlearner_keras.flops import FlopsReport, count_flops, print_flops
@@ -23,6 +25,7 @@ __all__ = [
     "checkpoints",
     "count_flops",
     "data",
+    "evaluation",
     "export",
     "insert_token_learner",
     "insertion_places",
@@ -31,5 +34,6 @@ __all__ = [
     "ops",
     "print_flops",
     "remove_token_learner",
+    "training",
     "visualization",
 ]
