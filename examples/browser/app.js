@@ -16,15 +16,14 @@ function say(text, isError = false) {
   status.classList.toggle("error", isError);
 }
 
-// The fastest backend that starts, or the one that `?backend=` names.
+// The fastest backend that starts, or the one that `?backend=` names. (The WebAssembly
+// backend has no einsum, which attention layers are made of.)
 async function chooseBackend() {
-  const packages = "node_modules/@tensorflow/tfjs-backend-wasm/dist/";
-  tf.wasm.setWasmPaths(packages);
   const named = new URLSearchParams(location.search).get("backend");
-  for (const name of named ? [named] : ["webgl", "wasm", "cpu"]) {
+  for (const name of named ? [named] : ["webgl", "cpu"]) {
     if (await tf.setBackend(name).catch(() => false)) return;
   }
-  throw new Error(`No TensorFlow.js backend starts: ${named ?? "webgl, wasm, cpu"}`);
+  throw new Error(`No TensorFlow.js backend starts: ${named ?? "webgl, cpu"}`);
 }
 
 async function loadClassNames() {

@@ -480,6 +480,29 @@ def test_train_signature(tmp_path):
     assert np.mean(after.argmax(-1) == labels) > np.mean(before.argmax(-1) == labels)
 
 
+def test_weights_are_written_once(tmp_path):
+    inputs = keras.Input((16, 16, 3))
+    x = keras.layers.Dense(256, "relu")(keras.layers.Flatten()(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    signatures = ("serve", "features", "train")
+    path = export_saved_model(model, tmp_path / "model", signatures)
+    num_bytes = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert num_bytes < 1.2 * 4 * model.count_params()
+    restored = load(path)
+    assert len(restored.variables) == len(restored.trainable_variables) == 4
+    images = random_like((2, 16, 16, 3))
+    for variable in restored.trainable_variables:
+        variable.assign(0.5 * variable)
+    for variable, half in zip(model.weights, restored.variables):
+        np.testing.assert_array_equal(0.5 * np.array(variable), half.numpy())
+        variable.assign(half.numpy())
+    # Those are the variables that the signatures read.
+    assert_close(
+        restored.serve(images)["probabilities"],
+        softmax(model.predict(images, verbose=0)),
+    )
+
+
 def test_wrong_inputs_name_the_input_and_both_shapes(tmp_path):
     import tensorflow as tf
 

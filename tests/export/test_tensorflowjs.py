@@ -93,7 +93,7 @@ def server(converted, browser_example):
         server.shutdown()
 
 
-@pytest.mark.parametrize("backend", ["wasm", "cpu", "webgl"])
+@pytest.mark.parametrize("backend", ["cpu", "webgl"])
 def test_page_in_chromium(backend, model, server, browser_example, tmp_path):
     from PIL import Image
 

@@ -113,6 +113,11 @@ def _write(model, folder, outputs, preprocessing, value_range, class_names):
     spec, prepare = _input_spec(model, preprocessing, value_range)
     archive = keras.export.ExportArchive()
     archive.track(model)
+    # `track` collects Keras's variables and the signatures the TensorFlow variables
+    # inside them; each kind would be written, so that all weights stood there twice.
+    for name in ("variables", "trainable_variables", "non_trainable_variables"):
+        variables = [variable.value for variable in getattr(model, name)]
+        archive.add_variable_collection(name, variables)
     for signature, tensors in outputs.items():
         archive.add_endpoint(
             signature,
