@@ -15,6 +15,10 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+# What is compiled here runs for a moment: no time for LLVM to make it fast.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 from tokenlearner_keras.training import distributed, get_strategy, train
 

@@ -245,6 +245,8 @@ def test_misuse(tmp_path):
         run(tmp_path, make_model(units=5))
     with pytest.raises(ValueError, match="`steps_per_epoch` must be that of the run"):
         run(tmp_path, steps_per_epoch=5)
+    with pytest.raises(ValueError, match="must be at most the number of batches"):
+        run(tmp_path, steps_per_epoch=11)
     with pytest.raises(ValueError, match="`keep` must be at least 2"):
         run(tmp_path, keep=1)
     with pytest.raises(ValueError, match="`save_freq` must be an integer of at least"):

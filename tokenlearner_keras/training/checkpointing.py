@@ -123,14 +123,20 @@ def train(
         )
     import tensorflow as tf
 
+    length = int(make_dataset(tf.constant(0, "int64")).cardinality())
     if steps_per_epoch is None:
-        steps_per_epoch = int(make_dataset(tf.constant(0, "int64")).cardinality())
-        if steps_per_epoch <= 0:
+        if length <= 0:
             raise ValueError(
                 "Argument `steps_per_epoch` must be given for a data set whose number "
-                f"of batches is unknown or infinite. Received: {steps_per_epoch}"
+                f"of batches is unknown or infinite. Received: {length} batches"
             )
+        steps_per_epoch = length
     check_positive_int("steps_per_epoch", steps_per_epoch)
+    if 0 <= length < steps_per_epoch:
+        raise ValueError(
+            "Argument `steps_per_epoch` must be at most the number of batches of "
+            f"`make_dataset`, {length}. Received: steps_per_epoch={steps_per_epoch}"
+        )
     if steps_per_epoch % model.steps_per_execution:
         raise ValueError(
             "`steps_per_execution` must divide `steps_per_epoch`, so that an execution "

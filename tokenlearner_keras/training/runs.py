@@ -45,7 +45,8 @@ class RunConfig:
         num_steps: Steps in all. `null` takes the recipe's.
         batch_size: Examples in a step, over all devices. `null` takes the recipe's.
         learning_rate: Peak learning rate. `null` takes the recipe's.
-        steps_per_epoch: Steps between validations. `null` is one pass over the data.
+        steps_per_epoch: Steps between validations, on the first examples of each
+            shuffled pass. `null` is a whole pass over the data.
         steps_per_execution: Steps that the device runs at a time.
         jit_compile: Whether to use XLA. `null` does on accelerators.
         save_freq: Steps between checkpoints.
@@ -93,21 +94,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": "tfds:imagenet2012",
         "variant": "B/16",
         "precision": "mixed_bfloat16",
-        "steps_per_epoch": 500,
     },
     "charades": {
         "data": "charades",
         "model": "x2plus1d",
         "variant": "M",
         "precision": "mixed_bfloat16",
-        "steps_per_epoch": 500,
     },
     "avid": {
         "data": "avid",
         "model": "x2plus1d",
         "variant": "M",
         "precision": "mixed_bfloat16",
-        "steps_per_epoch": 500,
     },
 }
 

@@ -78,20 +78,16 @@ def _tensorflow_strategy(name, devices, tpu, zone, project):
     import tensorflow as tf
 
     tpu = tpu or os.environ.get("TPU_NAME")
+    # Before the logical devices are listed, which starts the runtime: workers and TPUs
+    # can only be connected to one that has not started.
+    if name == "multi_worker" or (name == "auto" and _num_workers() > 1):
+        return _multi_worker_strategy()
+    has_tpu = tpu or tf.config.list_physical_devices("TPU")
+    if name == "tpu" or (name == "auto" and has_tpu):
+        return _tpu_strategy(tpu, zone, project)
     gpus = [f"GPU:{i}" for i, _ in enumerate(tf.config.list_logical_devices("GPU"))]
     if name == "auto":
-        if _num_workers() > 1:
-            name = "multi_worker"
-        elif tpu or tf.config.list_physical_devices("TPU"):
-            name = "tpu"
-        elif len(gpus) > 1:
-            name = "mirrored"
-        else:
-            name = "one_device"
-    if name == "tpu":
-        return _tpu_strategy(tpu, zone, project)
-    if name == "multi_worker":
-        return _multi_worker_strategy()
+        name = "mirrored" if len(gpus) > 1 else "one_device"
     if name == "mirrored":
         return _mirrored_strategy(devices, gpus)
     device = gpus[0] if gpus and name == "one_device" else "CPU:0"
@@ -107,7 +103,9 @@ def _mirrored_strategy(devices, gpus):
     }
     if devices is None:
         devices = gpus
-    missing = [d for d in devices if d.upper().lstrip("/") not in there]
+    # "/device:GPU:0", "/gpu:0" and "GPU:0" are one device.
+    short = [":".join(d.upper().split(":")[-2:]).lstrip("/") for d in devices]
+    missing = [device for device in short if device not in there]
     if not devices or missing:
         raise ValueError(
             "Strategy 'mirrored' needs devices that are there: by default all GPUs, "
@@ -170,8 +168,7 @@ def _multi_worker_strategy():
 def _tpu_strategy(tpu, zone, project):
     import tensorflow as tf
 
-    # "local" is a TPU VM: the TPU is a device of this machine.
-    if tpu in (None, "", "local") and not tf.config.list_physical_devices("TPU"):
+    if not tpu and not tf.config.list_physical_devices("TPU"):
         raise ValueError(
             "Strategy 'tpu' needs a TPU: on this machine, or one that is named by "
             "`tpu` (or the environment variable `TPU_NAME`). "
