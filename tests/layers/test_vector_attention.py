@@ -109,16 +109,16 @@ def test_keras_masks_reach_the_keys():
 
 @pytest.mark.parametrize("method", ["auto", "dense"])
 def test_dropout(method):
-    x = random_like((1, 40, 30))
+    x = random_like((1, 14, 30))
     layer = VectorAttention(dropout=0.5, method=method, seed=1)
     plain = to_numpy(layer(x, training=False))[0]
     first, second = (to_numpy(layer(x, training=True))[0] for _ in range(2))
     assert not np.allclose(first, plain)
     assert not np.allclose(first, second)
     # Every draw has the plain output as its mean.
-    many = np.mean([to_numpy(layer(x, training=True))[0] for _ in range(60)], axis=0)
+    many = np.mean([to_numpy(layer(x, training=True))[0] for _ in range(20)], axis=0)
     single = np.linalg.norm(first - plain)
-    assert np.linalg.norm(many - plain) < 0.25 * single
+    assert np.linalg.norm(many - plain) < 0.4 * single
 
 
 def test_dropout_is_the_same_in_both_methods():

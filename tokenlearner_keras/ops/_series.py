@@ -206,8 +206,8 @@ def forward(query, m0, m1, half, size):
     return output, cancellation
 
 
-def backward(query, shifted_key, m0, m1, output, upstream, half, size):
-    """Returns the gradient of the query and three sums for those of key and value."""
+def backward(query, shifted_key, value, m0, m1, output, upstream, half, size):
+    """Returns the gradients of query, key and value; masked ones are not zeroed."""
     count, reach, scales, unroll = size
     s = query * (half / reach)
     series = functools.partial(evaluate, scales)
@@ -215,12 +215,8 @@ def backward(query, shifted_key, m0, m1, output, upstream, half, size):
     factor = upstream / _denominator(series(m0, s), m0)
     to_query = factor * half * (series(m1[1:], s) - output * series(m0[1:], s))
     h, hy = powers_sums(s, factor, factor * output, count + 1, unroll)
-    return (
-        to_query,
-        series(h, shifted_key),
-        series(h[1:], shifted_key) * (reach / half),
-        series(hy[1:], shifted_key) * (reach / half),
-    )
+    to_key = value * series(h[1:], shifted_key) - series(hy[1:], shifted_key)
+    return to_query, to_key * (reach / half), series(h, shifted_key)
 
 
 def _denominator(x, m0):

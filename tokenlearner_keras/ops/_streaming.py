@@ -43,12 +43,11 @@ def forward(query, key, value, key_mask, pair_mask=None, drop=None):
                 ops.arange(ops.shape(query)[1]), start + ops.arange(BLOCK)
             )
         parts = (weight, weight * k, dropped * v, dropped * v * k)
-        return tuple(s + ops.sum(p, axis=2) for s, p in zip(sums, parts))
+        return _add(sums, (ops.sum(p, axis=2) for p in parts))
 
     # Zeros that inherit every axis, those of unknown size too, and no NaN.
     zeros = ops.zeros_like(query)
-    sums = loop(count, body, (zeros,) * 4)
-    return finish(*sums)
+    return finish(*loop(count, body, (zeros,) * 8)[:4])
 
 
 def finish(weights, weighted_keys, weighted_values, weighted_products):
@@ -61,7 +60,7 @@ def finish(weights, weighted_keys, weighted_values, weighted_products):
 
 
 def backward(query, key, value, key_mask, output, factor, pair_mask=None, drop=None):
-    """Returns the sums over the queries that the gradients of key and value need.
+    """Returns the gradients of key and value.
 
     Args:
         query: As in `forward`.
@@ -78,7 +77,7 @@ def backward(query, key, value, key_mask, output, factor, pair_mask=None, drop=N
     reference = references(query, low, high)
     padded = [_pad(x, count, axis=1) for x in (query, reference, factor, output)]
     padded_pairs = None if pair_mask is None else _pad(pair_mask, count, axis=1)
-    k, mask = key[:, None], key_mask[:, None]
+    k, v, mask = key[:, None], value[:, None], key_mask[:, None]
 
     def body(index, sums):
         start = index * BLOCK
@@ -87,16 +86,16 @@ def backward(query, key, value, key_mask, output, factor, pair_mask=None, drop=N
         if padded_pairs is not None:
             block_mask = mask * _block(padded_pairs, start, 1)[..., None]
         weight = _masked(ops.exp(_masked(q * (k - c), block_mask)), block_mask) * h
-        dropped = weight
+        dropped, kept_value = weight, v
         if drop is not None:
-            dropped = weight * drop(
-                start + ops.arange(BLOCK), ops.arange(ops.shape(key)[1])
-            )
-        parts = (dropped, dropped * q, weight * q * y)
-        return tuple(s + ops.sum(p, axis=1) for s, p in zip(sums, parts))
+            factors = drop(start + ops.arange(BLOCK), ops.arange(ops.shape(key)[1]))
+            dropped, kept_value = weight * factors, v * factors
+        # The difference first: the difference of two sums would lose digits.
+        parts = (weight * q * (kept_value - y), dropped)
+        return _add(sums, (ops.sum(p, axis=1) for p in parts))
 
     zeros = ops.zeros_like(key)
-    return loop(count, body, (zeros,) * 3)
+    return loop(count, body, (zeros,) * 4)[:2]
 
 
 def key_limits(key, key_mask):
@@ -111,6 +110,18 @@ def key_limits(key, key_mask):
 def references(query, low, high):
     """Returns for each query the key whose logit is the largest."""
     return ops.where(query >= 0, high, low)
+
+
+def _add(carry, parts):
+    """Adds to sums with Kahan's correction: there may be thousands of blocks."""
+    half = len(carry) // 2
+    sums, corrections = [], []
+    for total, correction, part in zip(carry[:half], carry[half:], parts):
+        part = part - correction
+        result = total + part
+        corrections.append((result - total) - part)
+        sums.append(result)
+    return (*sums, *corrections)
 
 
 def _masked(x, mask):

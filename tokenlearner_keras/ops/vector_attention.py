@@ -13,7 +13,9 @@ from tokenlearner_keras.ops import _series, _streaming
 from tokenlearner_keras.ops._backend import with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
-INTERPOLATED_TERMS = 36
+INTERPOLATED_TERMS = 40
+# A sum over so few keys costs no more than a series.
+FEW_KEYS = 40
 
 _forced_method = contextvars.ContextVar("vector_attention_method", default=None)
 
@@ -44,7 +46,8 @@ def vector_attention(
     - `"auto"`: the shortest compiled series whose error bound,
       `vector_attention_error_bound`, is at most the spacing of the dtype at one; where
       none is, where alternating terms would cancel, and for infinities, streaming. The
-      choice is made for the whole batch while the program runs.
+      choice is made for the whole batch while the program runs. Streaming as well for
+      40 keys or fewer, where a series would save nothing.
 
     Computed in float32 at least, whatever the dtype of the inputs.
 
@@ -58,7 +61,7 @@ def vector_attention(
         scale: Factor of the logits.
         method: One of `"auto"`, `"dense"`, `"streaming"` and `"interpolated"`.
         num_terms: int or `None`. Length of the series of `"interpolated"`; `None` is
-            36, enough for `max|query| * (max key - min key) / 2 <= 22`.
+            40, enough for `max|query| * (max key - min key) / 2 <= 26`.
         dropout: float. Rate at which weights are dropped; the rest is scaled by
             `1 / (1 - dropout)`. Takes the streaming form under `"auto"`.
         seed: Integer tensor of two numbers, such as `keras.random.SeedGenerator.next`
@@ -88,6 +91,8 @@ def vector_attention(
     dtype = keras.backend.standardize_dtype(value.dtype)
     inner = keras.backend.result_type(dtype, "float32")
     query, key, value = (ops.cast(x, inner) for x in (query, key, value))
+    if method == "auto" and key.shape[1] is not None and key.shape[1] <= FEW_KEYS:
+        method = "streaming"
     if method == "dense":
         drop = _dense_dropout(query, key, dropout, seed)
         return ops.cast(dense(query, key, value, mask, scale, drop)[0], dtype)
@@ -130,7 +135,7 @@ def vector_attention_error_bound(
     Args:
         max_query: float. Largest `|scale * query|` of a channel.
         key_range: float. Largest minus smallest key of that channel.
-        num_terms: int. Number of coefficients. 16, 36 and 64 have a near-minimax
+        num_terms: int. Number of coefficients. 40 and 64 have a near-minimax
             polynomial, which is what `auto` uses in float32; others are the Taylor
             series, as are all in float64.
         dtype: Name of the dtype of the computation.
@@ -144,7 +149,7 @@ def vector_attention_error_bound(
 
     Example:
 
-    >>> vector_attention_error_bound(4.0, 8.0, num_terms=36) < 2**-23
+    >>> vector_attention_error_bound(4.0, 8.0, num_terms=40) < 2**-23
     True
     """
     for name, number in (("max_query", max_query), ("key_range", key_range)):
@@ -260,11 +265,6 @@ def _centered(value, key_mask):
     return (value - mean) * key_mask, mean
 
 
-def _key_and_value_gradients(sums, value, key_mask):
-    s0, s1, s2 = sums
-    return (value * s1 - s2) * key_mask, s0 * key_mask
-
-
 def _streaming_pair(extras, center):
     """Forward and backward function of `"streaming"`."""
 
@@ -283,10 +283,9 @@ def _streaming_pair(extras, center):
     def backward(args, residuals, upstream):
         tensors, _ = prepare(args)
         output, denominator, slope = residuals
-        sums = _streaming.backward(
+        gradients = _streaming.backward(
             *tensors, output, upstream / denominator, *extras(args)
         )
-        gradients = _key_and_value_gradients(sums, *tensors[2:])
         return (upstream * slope, *gradients, *(None for _ in args[3:]))
 
     return forward, backward
@@ -313,10 +312,10 @@ def _interpolated_pair(size):
         m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         value, _ = _centered(value, key_mask)
         _, half, shifted = _series.geometry(query, key, key_mask)
-        to_query, *sums = _series.backward(
-            query, shifted, m0, m1, output, upstream + poison, half, size
+        to_query, to_key, to_value = _series.backward(
+            query, shifted, value, m0, m1, output, upstream + poison, half, size
         )
-        return (to_query, *_key_and_value_gradients(sums, value, key_mask), None)
+        return to_query, to_key * key_mask, to_value * key_mask, None
 
     return forward, backward
 
@@ -381,9 +380,10 @@ def _auto_pair(sizes):
                     m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
                 else:
                     m0, m1 = _series.moments(shifted, value, key_mask, size)
-                return _series.backward(
-                    query, shifted, m0, m1, output, upstream, half, size
+                to_query, to_key, to_value = _series.backward(
+                    query, shifted, value, m0, m1, output, upstream, half, size
                 )
+                return to_query, to_key * key_mask, to_value * key_mask
 
             return branch
 
@@ -393,8 +393,8 @@ def _auto_pair(sizes):
             factor = upstream / denominator
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
 
-        to_query, *sums = ops.switch(index, [*map(series, range(len(sizes))), exact])
-        return (to_query, *_key_and_value_gradients(sums, value, key_mask), None)
+        branches = [*map(series, range(len(sizes))), exact]
+        return (*ops.switch(index, branches), None)
 
     return forward, backward
 

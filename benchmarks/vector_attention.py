@@ -1,0 +1,293 @@
+"""Times every method of vector attention, side by side.
+
+    KERAS_BACKEND=tensorflow python benchmarks/vector_attention.py --name cpu
+    KERAS_BACKEND=jax python benchmarks/vector_attention.py --name h100 --batch 8
+
+Each case (method, forward or forward and backward, number of tokens) is compiled with
+XLA, run once, and then timed until `--seconds` are over; the table has the median.
+Memory is what the compiled program allocates for temporaries, as XLA plans it (JAX), or
+the growth of the process's peak (CPU) or of the device's peak (GPU) otherwise. A case
+whose predecessor (half as many tokens) took so long that it would take more than
+`--limit` seconds is left out, as is the dense method beyond `--dense-limit` bytes.
+Results go to benchmarks/results/vector_attention_<name>.{json,md,png}.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+METHODS = ("auto", "interpolated", "streaming", "dense")
+PASSES = ("forward", "forward+backward")
+
+
+def build(backend, method, backward):
+    """Returns a compiled function of (query, key, value, upstream), and a waiter."""
+    from tokenlearner_keras.ops import vector_attention
+
+    if backend == "jax":
+        import jax
+
+        def forward(q, k, v, g):
+            return vector_attention(q, k, v, method=method)
+
+        def both(q, k, v, g):
+            output, pullback = jax.vjp(lambda *a: forward(*a, g), q, k, v)
+            return output, *pullback(g)
+
+        return jax.jit(both if backward else forward), jax.block_until_ready
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def run(q, k, v, g):
+        if not backward:
+            return vector_attention(q, k, v, method=method)
+        with tf.GradientTape() as tape:
+            tape.watch((q, k, v))
+            output = vector_attention(q, k, v, method=method)
+        return output, *tape.gradient(output, (q, k, v), g)
+
+    def wait(outputs):
+        # One number is enough: the program is one.
+        return float(tf.nest.flatten(outputs)[0][0, 0, 0])
+
+    return run, wait
+
+
+def peak_memory(backend, on_gpu):
+    """Peak bytes so far, of the device or of this process."""
+    if on_gpu and backend == "jax":
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if on_gpu:
+        import tensorflow as tf
+
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(backend):
+    if backend == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "gpu":
+            return device.device_kind, True
+    else:
+        import tensorflow as tf
+
+        for device in tf.config.list_physical_devices("GPU"):
+            details = tf.config.experimental.get_device_details(device)
+            return details.get("device_name", "GPU"), True
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if "model name" in x]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"{os.cpu_count()} CPU cores ({model})", False
+
+
+def run_case(options):
+    """Runs one case in this process and returns its figures."""
+    import keras
+    import numpy as np
+
+    backend = keras.backend.backend()
+    name, on_gpu = device_name(backend)
+    rng = np.random.default_rng(0)
+    shape = (options.batch, options.tokens, options.channels)
+    sets = []
+    for _ in range(3 if on_gpu else 1):
+        arrays = [rng.standard_normal(shape).astype("float32") for _ in range(4)]
+        sets.append([keras.ops.convert_to_tensor(a) for a in arrays])
+    run, wait = build(backend, options.method, options.backward)
+    before = peak_memory(backend, on_gpu)
+    start = time.perf_counter()
+    wait(run(*sets[0]))
+    compile_seconds = time.perf_counter() - start
+    temporary = peak_memory(backend, on_gpu) - before
+    if backend == "jax":
+        compiled = run.lower(*sets[0]).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+    times, begin = [], time.perf_counter()
+    calls = 20 if on_gpu else 1
+    while time.perf_counter() - begin < options.seconds or len(times) < 3:
+        start = time.perf_counter()
+        for i in range(calls):
+            outputs = run(*sets[i % len(sets)])
+        wait(outputs)
+        times.append((time.perf_counter() - start) / calls)
+    return {
+        "device": name,
+        "backend": backend,
+        "keras": keras.__version__,
+        "milliseconds": 1e3 * statistics.median(times),
+        "fastest": 1e3 * min(times),
+        "compile_seconds": compile_seconds,
+        "temporary_mib": temporary / 2**20,
+    }
+
+
+def run_all(options):
+    import keras  # noqa: F401  (fails early without a backend)
+
+    rows = []
+    for method in options.methods:
+        for backward in (False, True):
+            last = None
+            for tokens in options.sizes:
+                pair_bytes = 4 * options.batch * tokens**2 * options.channels
+                if method == "dense" and 3 * pair_bytes > options.dense_limit:
+                    continue
+                if last and 4 * last * 3 > 1e3 * options.limit:
+                    continue
+                case = argparse.Namespace(
+                    **vars(options),
+                )
+                case.method, case.backward, case.tokens = method, backward, tokens
+                try:
+                    result = run_case(case) if options.in_process else spawn(case)
+                except Exception as error:  # reported, and the next method goes on
+                    print(method, tokens, "failed:", repr(error)[:200], flush=True)
+                    break
+                last = result["milliseconds"]
+                row = {
+                    "method": method,
+                    "pass": PASSES[backward],
+                    "tokens": tokens,
+                    **result,
+                }
+                rows.append(row)
+                print(
+                    f"{method:13s} {row['pass']:17s} {tokens:5d} {last:10.3f} ms",
+                    flush=True,
+                )
+                write(rows, options)
+
+
+def spawn(case):
+    """Runs one case in a process of its own, so that its peak memory is its own."""
+    command = [
+        *(sys.executable, __file__, "--case", "--method", case.method),
+        *("--tokens", str(case.tokens), "--batch", str(case.batch)),
+        *("--channels", str(case.channels), "--seconds", str(case.seconds)),
+    ]
+    command += ["--backward"] if case.backward else []
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=case.limit + 120
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    raise RuntimeError(done.stderr[-200:])
+
+
+def write(rows, options):
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"vector_attention_{options.name}"
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    lines = [
+        f"# Vector attention on {rows[0]['device']}",
+        "",
+        f"Backend {rows[0]['backend']}, XLA, float32, batch {options.batch}, "
+        f"{options.channels} channels, q, k and v ~ N(0, 1). Median milliseconds "
+        "(fastest in parentheses), MiB of temporaries, seconds of the first call.",
+        "",
+    ]
+    if options.note:
+        lines += [options.note, ""]
+    lines += [
+        "| method | pass | tokens | ms | MiB | first call, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['method']} | {r['pass']} | {r['tokens']} | {r['milliseconds']:.3g} "
+            f"({r['fastest']:.3g}) | {r['temporary_mib']:.1f} | "
+            f"{r['compile_seconds']:.1f} |"
+        )
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(rows, stem.with_suffix(".png"))
+
+
+def plot(rows, path):
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axis, key, label in (
+        (axes[0], "milliseconds", "time, ms"),
+        (axes[1], "temporary_mib", "temporary memory, MiB"),
+    ):
+        for index, method in enumerate(METHODS):
+            for name, style in zip(PASSES, ("-o", "--s")):
+                points = [
+                    (r["tokens"], r[key])
+                    for r in rows
+                    if (r["method"], r["pass"]) == (method, name) and r[key] > 0
+                ]
+                if points:
+                    axis.loglog(
+                        *zip(*points),
+                        style,
+                        color=f"C{index}",
+                        label=f"{method}, {name}",
+                    )
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(label)
+        axis.grid(True, which="both", alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"Vector attention, {rows[0]['device']}, {rows[0]['backend']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="local", help="name of the result files")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--channels", type=int, default=432)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--limit", type=float, default=60.0)
+    parser.add_argument("--dense-limit", type=float, default=8e9)
+    parser.add_argument("--note", default="", help="a sentence for the table")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[64, 256, 512, 1024, 2048, 4096]
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument(
+        "--in-process",
+        action="store_true",
+        help="all cases in one process: faster, but peaks of memory are JAX's alone",
+    )
+    parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print("RESULT " + json.dumps(run_case(options)))
+    else:
+        run_all(options)
+
+
+if __name__ == "__main__":
+    main()
