@@ -43,30 +43,45 @@ def main():
     """Draws the figure."""
     rng = np.random.default_rng(0)
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
-    terms = np.arange(4, 72, 2)
+    taylor, fitted = np.arange(5, 72, 2), np.array([40, 64])
     for index, scale in enumerate((0.5, 1.0, 1.4)):
         q, k, v = rng.standard_normal((3, TOKENS, CHANNELS))
         q, k = (np.float32(scale) * x.astype("float32") for x in (q, k))
         expected = definition(*(x.astype("float64") for x in (q, k, v)))
         z = (np.abs(q).max(0) * np.ptp(k, axis=0) / 2).max()
-        errors = [
-            np.linalg.norm(series(q, k, v, int(p)) - expected)
-            / np.linalg.norm(expected)
-            for p in terms
-        ]
-        bounds = [vector_attention_error_bound(z, 2.0, int(p)) for p in terms]
+        w = (q[:, None] * (k - (k.max(0) + k.min(0)) / 2)[None]).astype("float64")
+        cancellation = np.exp(np.abs(w)).sum(1) / np.exp(w).sum(1)
+        cancellation = np.sqrt(np.mean(cancellation**2))
+        spread = np.ptp(v, axis=0).max() / np.sqrt(np.mean(expected**2))
+
+        def bound(num_terms, z=z, factor=cancellation, spread=spread):
+            weights = vector_attention_error_bound(z, 2.0, int(num_terms)) * factor
+            return weights / (1 - weights) * spread if weights < 0.9 else np.nan
+
+        def error(num_terms, inputs=(q, k, v), expected=expected):
+            difference = series(*inputs, int(num_terms)) - expected
+            return np.linalg.norm(difference) / np.linalg.norm(expected)
+
+        color = f"C{index}"
+        label = f"q, k ~ {scale} N(0, 1), z = {z:.0f}"
         axis.semilogy(
-            terms,
-            errors,
+            taylor,
+            [error(p) for p in taylor],
             "o-",
             ms=3,
-            color=f"C{index}",
-            label=f"error, q, k ~ {scale} N(0, 1), z = {z:.0f}",
+            color=color,
+            label=f"error, {label}",
         )
-        axis.semilogy(terms, bounds, "--", color=f"C{index}", label="its bound")
+        axis.semilogy(
+            taylor, [bound(p) for p in taylor], "--", color=color, label="its bound"
+        )
+        axis.semilogy(fitted, [error(p) for p in fitted], "*", ms=10, color=color)
+        axis.semilogy(
+            fitted, [bound(p) for p in fitted], "_", ms=12, mew=2, color=color
+        )
     axis.axhline(2.0**-23, color="k", lw=0.8, label="spacing of float32 at 1")
     axis.set_ylim(1e-9, 30)
-    axis.set_xlabel("terms P (36 and 64: near-minimax; others: Taylor)")
+    axis.set_xlabel("terms P (lines: Taylor; stars and bars: the fitted 40 and 64)")
     axis.set_ylabel("relative 2-norm error of the output")
     axis.legend(fontsize=8)
     axis.grid(True, which="both", alpha=0.3)

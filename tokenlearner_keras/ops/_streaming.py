@@ -4,7 +4,7 @@ from keras import ops
 
 from tokenlearner_keras.ops._backend import loop
 
-BLOCK = 8
+BLOCK = 4
 
 
 def forward(query, key, value, key_mask, pair_mask=None, drop=None):

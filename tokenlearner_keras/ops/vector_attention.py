@@ -141,8 +141,7 @@ def vector_attention_error_bound(
         dtype: Name of the dtype of the computation.
 
     Returns:
-        The bound, a float. At least as large as the truth; it grows beyond any limit
-        when the terms are too few.
+        The bound, a float; at least as large as the truth.
 
     Raises:
         ValueError: for a negative `max_query` or `key_range`, or `num_terms < 1`.
