@@ -37,6 +37,25 @@ def reference(query, key, value, upstream, mask=None):
     return outputs
 
 
+@functools.cache
+def _tensorflow_runner(jit, arguments):
+    import tensorflow as tf
+
+    return tf.function(
+        lambda *x: _tensorflow_run(*x, **dict(arguments)), jit_compile=jit or None
+    )
+
+
+def _tensorflow_run(query, key, value, upstream, **arguments):
+    import tensorflow as tf
+
+    tensors = (query, key, value)
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output = vector_attention(*tensors, **arguments)
+    return output, *tape.gradient(output, tensors, upstream)
+
+
 def value_and_gradients(query, key, value, upstream, jit=False, **arguments):
     """Output and gradients by query, key and value of `vector_attention`."""
 
@@ -46,16 +65,13 @@ def value_and_gradients(query, key, value, upstream, jit=False, **arguments):
     tensors = [ops.convert_to_tensor(x) for x in (query, key, value)]
     upstream = ops.convert_to_tensor(upstream)
     if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        @functools.partial(tf.function, jit_compile=True) if jit else (lambda f: f)
-        def run(*tensors):
-            with tf.GradientTape() as tape:
-                tape.watch(tensors)
-                output = attention(*tensors)
-            return output, *tape.gradient(output, tensors, upstream)
-
-        results = run(*tensors)
+        # A graph, kept from call to call, where single operations would be too many.
+        if jit or (query.shape[1] >= 256 and arguments.get("mask") is None):
+            arguments = {k: v for k, v in arguments.items() if v is not None}
+            run = _tensorflow_runner(jit, tuple(sorted(arguments.items())))
+            results = run(*tensors, upstream)
+        else:
+            results = _tensorflow_run(*tensors, upstream, **arguments)
     elif BACKEND == "jax":
         import jax
 
