@@ -119,7 +119,10 @@ def _add(carry, parts):
     for total, correction, part in zip(carry[:half], carry[half:], parts):
         part = part - correction
         result = total + part
-        corrections.append((result - total) - part)
+        correction = (result - total) - part
+        # An infinite sum has none; inf - inf must not make it NaN.
+        correction = ops.where(ops.isnan(correction), ops.zeros_like(part), correction)
+        corrections.append(correction)
         sums.append(result)
     return (*sums, *corrections)
 
