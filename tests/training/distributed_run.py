@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 
 def virtual_cpus(number):

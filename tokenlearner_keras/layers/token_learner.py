@@ -223,7 +223,8 @@ class TokenLearner(keras.layers.Layer):
 
         logits = self._attention_logits(x, mask, height, width, training)
         # Sums over many positions, so at least float32.
-        logits = ops.cast(logits, keras.backend.result_type(logits.dtype, "float32"))
+        wide = keras.backend.standardize_dtype(logits.dtype) == "float64"
+        logits = ops.cast(logits, "float64" if wide else "float32")
         if self.activation == "sigmoid":
             maps = ops.sigmoid(logits)
         else:

@@ -89,7 +89,8 @@ def vector_attention(
             f"num_terms={num_terms!r} with method={method!r}"
         )
     dtype = keras.backend.standardize_dtype(value.dtype)
-    inner = keras.backend.result_type(dtype, "float32")
+    # Not `result_type`, which makes float32 of float64 on PyTorch.
+    inner = "float64" if dtype == "float64" else "float32"
     query, key, value = (ops.cast(x, inner) for x in (query, key, value))
     if method == "auto" and key.shape[1] is not None and key.shape[1] <= FEW_KEYS:
         method = "streaming"
