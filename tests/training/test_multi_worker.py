@@ -80,6 +80,9 @@ def alone(tmp_path_factory):
     return results[0]
 
 
+@pytest.mark.xfail(
+    strict=True, reason="`train` cannot save the metrics of several workers"
+)
 def test_two_workers_equal_one_process(alone, tmp_path):
     logs, results = finish(tmp_path, start(tmp_path, workers=2))
     assert "worker 1 of 2 workers, 2 replicas" in logs[1]

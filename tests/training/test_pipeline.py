@@ -125,8 +125,9 @@ def test_data_wait(capsys):
     start = time.time()
     history = model.fit(watched, epochs=2, verbose=0, shuffle=False, callbacks=[wait])
     elapsed = time.time() - start
-    # Each epoch waits for its 8 examples, whatever else the machine does.
-    assert all(0.8 <= seconds < elapsed for seconds in wait.seconds)
+    # Each epoch waits for its 8 examples, whatever else the machine does. One of them
+    # may be read while the step before runs.
+    assert all(0.7 <= seconds < elapsed for seconds in wait.seconds), wait.seconds
     shares = history.history["data_wait"]
     assert all(w / elapsed < s <= 1 for w, s in zip(wait.seconds, shares, strict=True))
     assert f"{shares[1]:.1%} of the time" in capsys.readouterr().out

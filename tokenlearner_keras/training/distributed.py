@@ -64,14 +64,16 @@ def distributed(model: keras.Model) -> keras.Model:
         return model
     import tensorflow as tf
 
-    strategy = model.distribute_strategy
-    if tf.distribute.has_strategy() and strategy is not tf.distribute.get_strategy():
+    # Not the property, which is the current strategy for a model made outside of all.
+    made_under = model._distribute_strategy
+    if tf.distribute.has_strategy() and made_under is not tf.distribute.get_strategy():
+        made = type(made_under).__name__ if made_under else "no strategy"
         raise ValueError(
             "Argument `model` must be made inside the scope of the strategy it trains "
-            f"under. Received: model='{model.name}' made under "
-            f"{type(strategy).__name__}, inside the scope of "
-            f"{type(tf.distribute.get_strategy()).__name__}"
+            f"under. Received: model='{model.name}' made under {made}, inside the "
+            f"scope of {type(tf.distribute.get_strategy()).__name__}"
         )
+    strategy = model.distribute_strategy
     if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
         raise ValueError(
             "Keras 3 does not train under `ParameterServerStrategy`. Use "
