@@ -113,7 +113,7 @@ def distill_token_learner(
 
     losses, factors = [], []
     if logit_weight:
-        losses.append(keras.distillation.LogitsDistillation(temperature=temperature))
+        losses.append(_logits_distillation(temperature))
         factors.append(logit_weight)
     if feature_weight:
         if feature_layers is None:
@@ -127,7 +127,7 @@ def distill_token_learner(
         )
         factors.append(feature_weight)
     if not losses:  # the labels alone
-        losses, factors = [keras.distillation.LogitsDistillation(temperature)], [0.0]
+        losses, factors = [_logits_distillation(temperature)], [0.0]
     if loss == "auto":
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if optimizer is None:
@@ -158,6 +158,14 @@ def distill_token_learner(
             # Parents first: a parent's flag is set on all its children.
             layer.trainable = trainable
     return history
+
+
+def _logits_distillation(temperature):
+    # By its name Keras finds the function, not the class that it tests for, and then
+    # compares the logits as if they were probabilities (seen in Keras 3.15).
+    return keras.distillation.LogitsDistillation(
+        temperature=temperature, loss=keras.losses.KLDivergence()
+    )
 
 
 def _feature_layer(model):
