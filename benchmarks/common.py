@@ -36,6 +36,100 @@ def time_in_turns(functions, repeats=5, warmup=1):
     return seconds
 
 
+def training_step(model, loss_fn, inputs, labels, jit=True):
+    """Returns a function that trains `model` once on a batch that stays on the device.
+
+    SGD with momentum. The function returns the loss, which it does not wait for.
+    """
+    import keras
+
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function(jit_compile=jit)
+        def train(inputs, labels):
+            with tf.GradientTape() as tape:
+                loss = loss_fn(labels, model(inputs, training=True))
+            variables = model.trainable_variables
+            optimizer.apply(tape.gradient(loss, variables), variables)
+            return loss
+
+        return lambda: train(inputs, labels)
+
+    if keras.backend.backend() != "jax":
+        raise SystemExit("This benchmark runs on the TensorFlow and JAX backends.")
+    import jax
+
+    def compute_loss(trainable, others, inputs, labels):
+        outputs, others = model.stateless_call(trainable, others, inputs, training=True)
+        return loss_fn(labels, outputs), others
+
+    def train(trainable, others, state, inputs, labels):
+        (loss, others), gradients = jax.value_and_grad(compute_loss, has_aux=True)(
+            trainable, others, inputs, labels
+        )
+        trainable, state = optimizer.stateless_apply(state, gradients, trainable)
+        return loss, (trainable, others, state)
+
+    if jit:
+        train = jax.jit(train, donate_argnums=(0, 1, 2))
+    # Copies: the buffers are given to each step, and Keras keeps its own.
+    values = [
+        [jax.numpy.array(variable.value) for variable in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+        )
+    ]
+
+    def step():
+        # The batch is an argument: as a constant, XLA would fold it while compiling.
+        loss, values[:] = train(*values, inputs, labels)
+        return loss
+
+    return step
+
+
+def inference_step(model, inputs, jit=True):
+    """Returns a function that calls `model` on a batch that stays on the device."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(lambda x: model(x, training=False), jit_compile=jit)
+        return lambda: call(inputs)
+
+    if keras.backend.backend() != "jax":
+        raise SystemExit("This benchmark runs on the TensorFlow and JAX backends.")
+    import jax
+
+    def call(trainable, others, inputs):
+        return model.stateless_call(trainable, others, inputs, training=False)[0]
+
+    call = jax.jit(call) if jit else call
+    values = [
+        [variable.value for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    ]
+    return lambda: call(*values, inputs)
+
+
+def repeated(step, count):
+    """Returns a function that runs `step` `count` times and waits for the last."""
+    import keras
+
+    def run():
+        for _ in range(count):
+            result = step()
+        keras.ops.convert_to_numpy(result)
+
+    return run
+
+
 def median(seconds):
     return statistics.median(seconds)
 

@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from common import training_step
 from keras import ops
 
 import tokenlearner_keras as tlk
@@ -52,7 +53,13 @@ def main():
             temporal_module=module,
             attention_method=arguments.attention_method,
         )
-        steps[module] = make_step(model, clips, labels, arguments.jit)
+        steps[module] = training_step(
+            model,
+            keras.losses.BinaryCrossentropy(from_logits=True),
+            clips,
+            labels,
+            arguments.jit,
+        )
         start = time.perf_counter()
         for _ in range(arguments.warmup):
             loss = float(steps[module]())
@@ -120,59 +127,6 @@ def parse_arguments():
     parser.add_argument("--jit", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", help="JSON file to write")
     return parser.parse_args()
-
-
-def make_step(model, clips, labels, jit):
-    """Returns a function that trains the model on the batch and returns the loss."""
-    loss_fn = keras.losses.BinaryCrossentropy(from_logits=True)
-    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-    optimizer.build(model.trainable_variables)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        @tf.function(jit_compile=jit)
-        def train(clips, labels):
-            with tf.GradientTape() as tape:
-                loss = loss_fn(labels, model(clips, training=True))
-            variables = model.trainable_variables
-            optimizer.apply(tape.gradient(loss, variables), variables)
-            return loss
-
-        return lambda: train(clips, labels)
-
-    if keras.backend.backend() != "jax":
-        raise SystemExit("This benchmark runs on the TensorFlow and JAX backends.")
-    import jax
-
-    def compute_loss(trainable, others, clips, labels):
-        logits, others = model.stateless_call(trainable, others, clips, training=True)
-        return loss_fn(labels, logits), others
-
-    def train(trainable, others, state, clips, labels):
-        (loss, others), gradients = jax.value_and_grad(compute_loss, has_aux=True)(
-            trainable, others, clips, labels
-        )
-        trainable, state = optimizer.stateless_apply(state, gradients, trainable)
-        return loss, (trainable, others, state)
-
-    if jit:
-        train = jax.jit(train, donate_argnums=(0, 1, 2))
-    # Copies: the buffers are given to each step, and Keras keeps its own.
-    values = [
-        [jax.numpy.array(variable.value) for variable in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            optimizer.variables,
-        )
-    ]
-
-    def step():
-        # The batch is an argument: as a constant, XLA would fold it while compiling.
-        loss, values[:] = train(*values, clips, labels)
-        return loss
-
-    return step
 
 
 def device_name():

@@ -20,7 +20,13 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-from tokenlearner_keras.training import distributed, get_strategy, train
+from tokenlearner_keras.training import (
+    distribute_dataset,
+    distributed,
+    get_strategy,
+    make_pipeline,
+    train,
+)
 
 # Before anything else: the workers can only be connected to a fresh runtime.
 strategy = get_strategy("auto")
@@ -28,8 +34,6 @@ strategy = get_strategy("auto")
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
-
-from tokenlearner_keras.training.pipeline import make_pipeline  # noqa: E402
 
 
 def main(folder, output, pause):
@@ -69,12 +73,23 @@ def main(folder, output, pause):
         verbose=0,
     )
     examples = tf.data.Dataset.from_tensor_slices((x, y))
-    evaluated = model.evaluate(
-        make_pipeline(examples, 12, strategy=strategy), verbose=0
-    )
+    # 48 is no multiple of 14: the last step has 6 examples. In 30 and 15 it has none
+    # for one of two workers.
+    evaluated = []
+    for size, batch_size in ((48, 14), (31, 10)):
+        pipeline = make_pipeline(
+            examples.take(size), batch_size, drop_remainder=False, strategy=strategy
+        )
+        evaluated += model.evaluate(distribute_dataset(pipeline, strategy), verbose=0)
+    refused = ""
+    try:
+        model.evaluate(pipeline, verbose=0)
+    except ValueError as error:
+        refused = str(error)
     result = {
         "history": history.history,
         "evaluated": evaluated,
+        "refused": refused,
         "weights": np.concatenate([w.ravel() for w in model.get_weights()]).tolist(),
         "replicas": strategy.num_replicas_in_sync,
     }

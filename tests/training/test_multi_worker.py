@@ -63,6 +63,7 @@ def finish(folder, processes):
 def assert_same_results(results, alone):
     for result in results:
         assert result["replicas"] == 2
+        assert "through `tlk.training.distribute_dataset`" in result["refused"]
         np.testing.assert_allclose(
             result["weights"], alone["weights"], rtol=1e-5, atol=1e-6
         )
@@ -80,9 +81,6 @@ def alone(tmp_path_factory):
     return results[0]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`train` cannot save the metrics of several workers"
-)
 def test_two_workers_equal_one_process(alone, tmp_path):
     logs, results = finish(tmp_path, start(tmp_path, workers=2))
     assert "worker 1 of 2 workers, 2 replicas" in logs[1]

@@ -62,13 +62,31 @@ def test_workers_share_each_step():
         return values(pipeline)
 
     alone = steps(fake_strategy(1, 0))
-    shares = [np.concatenate(steps(fake_strategy(2, w))).tolist() for w in range(2)]
-    assert not set(shares[0]) & set(shares[1])
-    for step, batch in enumerate(alone):
-        # In a step each of two workers takes 4 of its examples.
-        part = slice(4 * step, 4 * step + 4)
-        if step < 4:  # an incomplete batch of a share is dropped
-            assert sorted(shares[0][part] + shares[1][part]) == sorted(batch)
+    shares = [steps(fake_strategy(2, worker)) for worker in range(2)]
+    assert len(alone) == len(shares[0]) == len(shares[1]) == 5
+    for batch, first, second in zip(alone, *shares):
+        assert len(first) == len(second) == 4
+        assert sorted(first + second) == sorted(batch)
+
+
+def test_workers_make_the_same_number_of_steps():
+    def steps(worker, count, **arguments):
+        pipeline = make_pipeline(
+            numbers(count), 4, strategy=fake_strategy(2, worker), **arguments
+        )
+        found = values(pipeline)
+        assert pipeline.cardinality() == len(found)
+        return found
+
+    assert steps(0, 11) == [[0, 2], [4, 6]]
+    assert steps(1, 11) == [[1, 3], [5, 7]]
+    assert steps(0, 9, drop_remainder=False) == [[0, 2], [4, 6], [8]]
+    assert steps(1, 9, drop_remainder=False) == [[1, 3], [5, 7], []]
+    assert steps(1, 8, drop_remainder=False) == [[1, 3], [5, 7]]
+    with pytest.raises(ValueError, match="must have a known number of examples"):
+        make_pipeline(
+            numbers().filter(lambda x: x > 1), 4, strategy=fake_strategy(2, 0)
+        )
 
 
 def test_num_workers():

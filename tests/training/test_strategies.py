@@ -148,3 +148,10 @@ def test_jax():
     assert any("'auto': DataParallel on 4 devices" in line for line in lines)
     assert lines[-1] == "4 devices"
     assert keras.backend.backend() == "tensorflow"
+
+
+@pytest.mark.tensorflow
+def test_the_same_devices_give_the_same_mirrored_strategy():
+    # TensorFlow fails on the second model if each has a strategy of its own.
+    first = get_strategy("mirrored", devices=["CPU:0"], verbose=False)
+    assert get_strategy("mirrored", devices=["/cpu:0"], verbose=False) is first

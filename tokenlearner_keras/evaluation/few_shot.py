@@ -330,7 +330,7 @@ def feature_model(
             pooled = keras.layers.GlobalAveragePooling1D(dtype="float32")(output)
         return keras.Model(model.inputs, pooled, name="features")
 
-    with _scope(model.distribute_strategy):
+    with _scope(getattr(model, "distribute_strategy", None)):
         return build()
 
 
@@ -431,7 +431,7 @@ def _features(
         # One pass over the data: the labels go through the model as they are.
         target = keras.Input((), dtype="int64", name="labels")
         passed = keras.layers.Identity(dtype="int64")(target)
-        with _scope(extractor.distribute_strategy):
+        with _scope(getattr(extractor, "distribute_strategy", None)):
             both = keras.Model(
                 [extractor.inputs[0], target], [extractor.output, passed]
             )

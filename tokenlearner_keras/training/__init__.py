@@ -7,7 +7,11 @@ from tokenlearner_keras.training.checkpointing import (
 from tokenlearner_keras.training.distillation import distill_token_learner
 from tokenlearner_keras.training.distributed import distributed
 from tokenlearner_keras.training.fine_tuning import TransferReport, transfer_weights
-from tokenlearner_keras.training.pipeline import DataWait, make_pipeline
+from tokenlearner_keras.training.pipeline import (
+    DataWait,
+    distribute_dataset,
+    make_pipeline,
+)
 from tokenlearner_keras.training.recipes import (
     AVID,
     CHARADES,
@@ -33,6 +37,7 @@ __all__ = [
     "TransferReport",
     "WorkerLostError",
     "distill_token_learner",
+    "distribute_dataset",
     "distributed",
     "get_strategy",
     "global_batch_size",

@@ -12,7 +12,12 @@ import keras
 import numpy as np
 
 from tokenlearner_keras.layers._checks import check_positive_int
-from tokenlearner_keras.training.pipeline import DataWait, num_workers
+from tokenlearner_keras.training.pipeline import (
+    DataWait,
+    distribute_dataset,
+    is_shared_out,
+    num_workers,
+)
 
 FORMAT = 1
 PATTERN = re.compile(r"step-(\d{10})\.npz")
@@ -123,7 +128,8 @@ def train(
         )
     import tensorflow as tf
 
-    length = int(make_dataset(tf.constant(0, "int64")).cardinality())
+    first_epoch = make_dataset(tf.constant(0, "int64"))
+    length = int(first_epoch.cardinality())
     if steps_per_epoch is None:
         if length <= 0:
             raise ValueError(
@@ -169,6 +175,8 @@ def train(
     if data_wait is not None:
         stream = data_wait.watch(stream)
         callbacks = [data_wait, *callbacks]
+    if is_shared_out(first_epoch):
+        stream = distribute_dataset(stream, model.distribute_strategy)
     try:
         history = model.fit(
             stream,
@@ -401,10 +409,7 @@ class _Survivor(keras.callbacks.Callback):
         model = self.model
         variables = self._variables(model)
         # Every worker reads: the value of a metric is a sum over all of them.
-        arrays = [
-            keras.ops.convert_to_numpy(v.value)
-            for v in [*variables, *model.metrics_variables]
-        ]
+        arrays = [_array(v) for v in [*variables, *model.metrics_variables]]
         for variable, array in zip(variables, arrays):
             is_float = keras.backend.is_float_dtype(variable.dtype)
             if is_float and not np.all(np.isfinite(array.astype("float32"))):
@@ -513,6 +518,14 @@ class _Survivor(keras.callbacks.Callback):
             f"At step {total} (epoch {epoch + 1}, step {step} of "
             f"{self.steps_per_epoch}), {what} is NaN or infinite. {kept}."
         )
+
+
+def _array(variable):
+    """The value of a Keras variable, also of one that is a sum over several workers."""
+    value = variable.value
+    # NumPy cannot read the variables of `tf.distribute` by itself.
+    read = getattr(value, "read_value", None)
+    return keras.ops.convert_to_numpy(value if read is None else read())
 
 
 def _lost_worker_errors():

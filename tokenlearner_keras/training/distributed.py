@@ -3,6 +3,8 @@ import contextlib
 import keras
 from keras import tree
 
+from tokenlearner_keras.training.pipeline import is_shared_out, num_workers
+
 
 def distributed(model: keras.Model) -> keras.Model:
     """Lets a model train on many devices with XLA and `steps_per_execution`.
@@ -312,6 +314,7 @@ class _ReplicaSteps:
         import tensorflow as tf
 
         if iterator is not None:
+            self._check_shared_once(iterator)
             data_batch = iterator._distributed_dataset.element_spec
 
         def as_spec(spec):
@@ -324,6 +327,19 @@ class _ReplicaSteps:
         data_batch = tree.map_structure(as_spec, data_batch)
         with self.strategy.scope():
             self.model._symbolic_build(data_batch=data_batch)
+
+    def _check_shared_once(self, iterator):
+        dataset = iterator._distributed_dataset
+        original = getattr(dataset, "_original_dataset", None)
+        if original is None or num_workers(self.strategy)[0] == 1:
+            return
+        if is_shared_out(original):
+            raise ValueError(
+                "A dataset that holds this worker's share alone, such as one of "
+                "`make_pipeline` or with `AutoShardPolicy.OFF`, must be passed through "
+                "`tlk.training.distribute_dataset`, or the steps of an epoch are "
+                f"counted wrongly. Received: {original!r}"
+            )
 
     def resolve_auto_jit_compile(self):
         """As Keras's rule for one device."""

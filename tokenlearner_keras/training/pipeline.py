@@ -25,6 +25,9 @@ def make_pipeline(
     epoch, not from the thread that runs it. The same `seed` and `epoch` give the same
     batches, and any number of workers sees the same examples in each step.
 
+    With several workers each gets batches of its own share, which TensorFlow must not
+    share out again: give them to `fit` and `evaluate` through `distribute_dataset`.
+
     Args:
         examples: A `tf.data.Dataset` of single examples, in a fixed order.
         batch_size: int. Examples in a step, over all workers and replicas.
@@ -34,15 +37,16 @@ def make_pipeline(
         seed: int. Seed of the order and of the augmentation.
         epoch: int or scalar int64 tensor: another order each epoch.
         drop_remainder: bool. Whether to drop a last batch that is not full. Static
-            batches compile once under XLA.
+            batches compile once under XLA. With several workers all of them get the
+            same number of batches, the last of which may then be empty.
         strategy: A `tf.distribute.Strategy`, or `None` for the one whose scope is open.
 
     Returns:
         A `tf.data.Dataset` for `fit`, or for `train` as the result of `make_dataset`.
 
     Raises:
-        ValueError: for an argument out of range, or a batch that does not divide by the
-            number of replicas.
+        ValueError: for an argument out of range, a batch that does not divide by the
+            number of replicas, or several workers and an unknown number of examples.
     """
     import inspect
 
@@ -64,13 +68,23 @@ def make_pipeline(
         )
     epoch = tf.cast(epoch, "int64")
     dataset = examples
+    workers, worker = num_workers(strategy)
+    size = examples.cardinality()
+    if workers > 1 and tf.executing_eagerly() and size < 0:
+        raise ValueError(
+            "Argument `examples` must have a known number of examples, so that all "
+            f"{workers} workers make the same number of steps: use "
+            "`tf.data.experimental.assert_cardinality`. Received: examples with "
+            f"cardinality {int(size)}"
+        )
     if shuffle:
         # Another seed for each epoch, and far from those of the next seeds.
         order = tf.constant(seed, "int64") * 1_000_003 + epoch
         dataset = dataset.shuffle(shuffle, seed=order, reshuffle_each_iteration=False)
     dataset = dataset.enumerate()
-    workers, worker = num_workers(strategy)
     if workers > 1:
+        if drop_remainder:
+            dataset = dataset.take(size - size % batch_size)
         dataset = dataset.shard(workers, worker)
     wants_seed = decode is not None and "seed" in inspect.signature(decode).parameters
 
@@ -86,15 +100,76 @@ def make_pipeline(
     dataset = dataset.map(
         decode_one, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
-    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder)
+    dataset = dataset.batch(batch_size // workers, drop_remainder=drop_remainder)
+    if workers > 1 and not drop_remainder:
+        # In the last step there may be nothing left for some of the workers.
+        empty = dataset.take(1).map(
+            lambda *batch: tf.nest.map_structure(lambda x: x[:0], _unpacked(batch))
+        )
+        dataset = dataset.concatenate(empty).take(-(-size // batch_size))
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = True
-    # The workers' shares are cut above, before the decoding.
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.OFF
-    )
+    if workers > 1:
+        options.experimental_distribute.auto_shard_policy = (
+            tf.data.experimental.AutoShardPolicy.OFF
+        )
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _unpacked(arguments):
+    """What `Dataset.map` was given, from the arguments that it makes of it."""
+    return arguments if len(arguments) > 1 else arguments[0]
+
+
+def distribute_dataset(dataset: Any, strategy: Any = None) -> Any:
+    """Returns a dataset of `make_pipeline` for `fit` and `evaluate` on several workers.
+
+    Keras shares every `tf.data.Dataset` out among the workers, and would take each
+    batch of a worker's own share for one of all workers, and count the steps wrongly.
+    What this function returns it leaves as it is. `train` calls it by itself.
+
+    Args:
+        dataset: A `tf.data.Dataset` of `make_pipeline`, made under the same strategy.
+        strategy: A `tf.distribute.Strategy`, or `None` for the one whose scope is open.
+
+    Returns:
+        A `tf.distribute.DistributedDataset`; with one worker, `dataset` itself.
+
+    Example:
+
+    ```python
+    validation = make_pipeline(examples, 512, decode, strategy=strategy)
+    model.evaluate(distribute_dataset(validation, strategy))
+    ```
+    """
+    import tensorflow as tf
+
+    strategy = strategy or tf.distribute.get_strategy()
+    workers, _ = num_workers(strategy)
+    if workers == 1:
+        return dataset
+    replicas = strategy.num_replicas_in_sync // workers
+    if replicas > 1:
+        size = tf.nest.flatten(dataset.element_spec)[0].shape[0]
+        if size is None:
+            raise ValueError(
+                "Argument `dataset` must have static batches where a worker has "
+                "several replicas: use `drop_remainder=True`. Received: "
+                f"element_spec={dataset.element_spec}"
+            )
+        # A step takes a batch for each replica, so the steps are not counted by these.
+        dataset = dataset.rebatch(size // replicas, drop_remainder=True)
+        dataset = dataset.filter(lambda *_: True)
+    return strategy.distribute_datasets_from_function(lambda context: dataset)
+
+
+def is_shared_out(dataset: Any) -> bool:
+    """Whether a `tf.data.Dataset` says that it holds one worker's share alone."""
+    import tensorflow as tf
+
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    return policy == tf.data.experimental.AutoShardPolicy.OFF
 
 
 def num_workers(strategy: Any) -> tuple[int, int]:
@@ -106,9 +181,13 @@ def num_workers(strategy: Any) -> tuple[int, int]:
     Returns:
         A pair of ints, `(1, 0)` without several workers.
     """
+    import tensorflow as tf
+
     resolver = strategy.cluster_resolver
     if resolver is None or not resolver.task_type:
         return 1, 0
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return 1, 0  # one program feeds all hosts
     cluster = resolver.cluster_spec().as_dict()
     chiefs = len(cluster.get("chief", ()))
     workers = len(cluster.get("worker", ()))

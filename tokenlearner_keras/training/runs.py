@@ -11,7 +11,11 @@ import keras
 from tokenlearner_keras.layers._checks import check_choice, check_positive_int
 from tokenlearner_keras.training.checkpointing import train
 from tokenlearner_keras.training.distributed import distributed
-from tokenlearner_keras.training.pipeline import DataWait, make_pipeline
+from tokenlearner_keras.training.pipeline import (
+    DataWait,
+    distribute_dataset,
+    make_pipeline,
+)
 from tokenlearner_keras.training.recipes import (
     RECIPES,
     global_batch_size,
@@ -172,7 +176,7 @@ def run_training(config: RunConfig) -> keras.callbacks.History:
         save_freq=config.save_freq,
         steps_per_epoch=steps_per_epoch,
         data_wait=wait,
-        validation_data=validation,
+        validation_data=validation and distribute_dataset(validation, strategy),
         verbose=2,
     )
     from tokenlearner_keras.training.pipeline import num_workers

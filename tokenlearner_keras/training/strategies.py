@@ -8,6 +8,7 @@ import keras
 from tokenlearner_keras.layers._checks import check_choice
 
 STRATEGIES = ("auto", "cpu", "one_device", "mirrored", "multi_worker", "tpu")
+_MIRRORED = {}  # the `MirroredStrategy` of each tuple of devices
 
 
 def get_strategy(
@@ -47,7 +48,8 @@ def get_strategy(
         verbose: Whether to print what was chosen.
 
     Returns:
-        A `tf.distribute.Strategy` or a `keras.distribution.DataParallel`.
+        A `tf.distribute.Strategy` or a `keras.distribution.DataParallel`. The same
+        devices give the same `MirroredStrategy` each time.
 
     Raises:
         ValueError: if the devices that were asked for are not there, if `TF_CONFIG` is
@@ -112,7 +114,12 @@ def _mirrored_strategy(devices, gpus):
             f"else those in `devices`. Received: devices={list(devices)}; there are "
             f"{sorted(there)}"
         )
-    strategy = tf.distribute.MirroredStrategy(list(devices))
+    # Two strategies over the same devices in one process would give different sums the
+    # same key, and TensorFlow refuses the second model that trains.
+    key = tuple(short)
+    if key not in _MIRRORED:
+        _MIRRORED[key] = tf.distribute.MirroredStrategy(list(devices))
+    strategy = _MIRRORED[key]
     return strategy, f"MirroredStrategy on {len(devices)} devices, {list(devices)}"
 
 
