@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import keras
 
 from tokenlearner_keras.layers._checks import check_choice
+from tokenlearner_keras.layers._forms import literal_definitions
 from tokenlearner_keras.ops import force_vector_attention_method
 
 CONVENTIONS = ("macs", "tf_profiler", "xla")
@@ -203,9 +204,11 @@ def count_flops(
 
     A `VectorAttention` with `method="auto"` is counted as its definition (equation 2),
     as the paper counts it: what it runs depends on the data. With any other method it
-    is counted as it runs. Of the branches of a conditional the costliest counts; a loop
-    counts as often as it runs where that can be read off the graph, else it is counted
-    once and listed in `uncounted`.
+    is counted as it runs. A `TokenLearner` with `value_dim` maps every position first,
+    and a depthwise convolution over time is one, although both run in a form that needs
+    fewer or faster operations. Of the branches of a conditional the costliest counts; a
+    loop counts as often as it runs where that can be read off the graph, else it is
+    counted once and listed in `uncounted`.
 
     Args:
         model: Keras model with known inputs, functional for instance.
@@ -369,6 +372,7 @@ def _trace(model, input_shape):
         for layer in _all_operations(model):
             _mark_calls(layer, names, stack)
         stack.enter_context(force_vector_attention_method("dense"))
+        stack.enter_context(literal_definitions())
         function = tf.function(
             lambda inputs: model(inputs, training=False), autograph=False
         )

@@ -8,7 +8,7 @@ from tests.contract import (
     randomize_weights,
     run_layer_contract,
 )
-from tokenlearner_keras.layers import FrameConv2D
+from tokenlearner_keras.layers import FrameConv2D, TemporalConv1D, frame_conv2d
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,32 @@ def test_bad_input():
         FrameConv2D(6, depthwise=True)(random_like((1, 2, 4, 4, 4)))
     with pytest.raises(ValueError, match="channels"):
         FrameConv2D(6)(keras.Input((2, 4, 4, None)))
+
+
+@pytest.mark.parametrize("make", [FrameConv2D, TemporalConv1D])
+@pytest.mark.parametrize(("channels", "filters"), [(9, 16), (16, 6), (9, 6)])
+def test_channels_padded_for_tensor_cores_change_nothing(
+    make, channels, filters, monkeypatch
+):
+    x = keras.ops.cast(random_like((2, 3, 6, 5, channels)), "bfloat16")
+    layer = make(filters, use_bias=True, dtype="mixed_bfloat16")
+    layer.build(x.shape)
+    randomize_weights(layer)
+    expected = layer(x)
+    kernels = []
+    convolution = frame_conv2d.ops.conv
+    monkeypatch.setattr(frame_conv2d, "on_gpu", lambda: True)
+    monkeypatch.setattr(
+        frame_conv2d.ops,
+        "conv",
+        lambda x, kernel, *args, **kwargs: (
+            kernels.append(tuple(kernel.shape[2:]))
+            or convolution(x, kernel, *args, **kwargs)
+        ),
+    )
+    padded = layer(x)
+    assert kernels == [(16, -(-filters // 8) * 8)]
+    difference = keras.ops.cast(padded, "float32") - keras.ops.cast(expected, "float32")
+    largest = keras.ops.max(keras.ops.abs(keras.ops.cast(expected, "float32")))
+    # One rounding to bfloat16.
+    assert float(keras.ops.max(keras.ops.abs(difference))) <= 2**-7 * float(largest)

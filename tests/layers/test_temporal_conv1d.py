@@ -9,6 +9,7 @@ from tests.contract import (
     run_layer_contract,
 )
 from tokenlearner_keras.layers import TemporalConv1D
+from tokenlearner_keras.layers._forms import literal_definitions
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,14 @@ def test_bad_input():
         TemporalConv1D(3)(random_like((2, 4, 3)))
     with pytest.raises(ValueError, match=r"filters=6 for an input of 4 channels"):
         TemporalConv1D(6, depthwise=True)(random_like((1, 2, 4, 4, 4)))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
+def test_depthwise_equals_its_definition(kernel_size):
+    x = random_like((2, 4, 3, 2, 5))
+    layer = TemporalConv1D(kernel_size=kernel_size, depthwise=True, use_bias=True)
+    layer.build(x.shape)
+    randomize_weights(layer)
+    with literal_definitions():
+        expected = keras.ops.convert_to_numpy(layer(x))
+    assert_close(layer(x), expected)

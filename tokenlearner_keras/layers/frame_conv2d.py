@@ -2,7 +2,11 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.layers._checks import check_channels, check_positive_int
+from tokenlearner_keras.layers._forms import is_literal, on_gpu
 from tokenlearner_keras.layers._initializers import clone_initializer
+
+# Tensor cores take the channels of half precision numbers by as many.
+CHANNEL_MULTIPLE = 8
 
 
 @keras.saving.register_keras_serializable(package="tokenlearner_keras")
@@ -73,7 +77,7 @@ class FrameConv2D(keras.layers.Layer):
     def call(self, inputs):
         shape = ops.shape(inputs)
         x = ops.reshape(inputs, (-1, *shape[2:]))
-        x = self.convolution(x)
+        x = convolve(self.convolution, x)
         return ops.reshape(x, (-1, shape[1], *ops.shape(x)[1:]))
 
     def compute_output_shape(self, input_shape):
@@ -119,6 +123,35 @@ def make_convolution(layer, channels, kernel_shape, strides):
             f"filters={layer.filters} for an input of {channels} channels"
         )
     return keras.layers.DepthwiseConv2D(kernel_shape, **arguments)
+
+
+def convolve(convolution, x):
+    """Applies a 2-D convolution, with the channels that tensor cores take on a GPU."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    channels, filters = x.shape[-1], getattr(convolution, "filters", None)
+    if (
+        filters is None
+        or channels < CHANNEL_MULTIPLE
+        or channels % CHANNEL_MULTIPLE == filters % CHANNEL_MULTIPLE == 0
+        or dtype not in ("bfloat16", "float16")
+        or is_literal()
+        or not on_gpu()
+    ):
+        return convolution(x)
+    # Padded here, the zeros are written together with what comes before. Otherwise
+    # cuDNN pads images, gradients and kernels in passes of their own.
+    more_channels, more_filters = (-n % CHANNEL_MULTIPLE for n in (channels, filters))
+    x = ops.pad(x, ((0, 0), (0, 0), (0, 0), (0, more_channels)))
+    kernel = ops.pad(
+        ops.cast(convolution.kernel, dtype),
+        ((0, 0), (0, 0), (0, more_channels), (0, more_filters)),
+    )
+    x = ops.conv(x, kernel, convolution.strides, "same", data_format="channels_last")[
+        ..., :filters
+    ]
+    if convolution.use_bias:
+        x = x + ops.cast(convolution.bias, dtype)
+    return x
 
 
 def convolution_config(layer):

@@ -2,9 +2,11 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.layers._checks import check_positive_int
+from tokenlearner_keras.layers._forms import is_literal
 from tokenlearner_keras.layers.frame_conv2d import (
     check_video_shape,
     convolution_config,
+    convolve,
     make_convolution,
 )
 
@@ -74,8 +76,30 @@ class TemporalConv1D(keras.layers.Layer):
         shape = ops.shape(inputs)
         _, time, height, width, channels = shape
         x = ops.reshape(inputs, (-1, time, height * width, channels))
-        x = self.convolution(x)
+        if self.depthwise and not is_literal():
+            x = self._weighted_shifts(x)
+        else:
+            x = convolve(self.convolution, x)
         return ops.reshape(x, (-1, time, height, width, x.shape[-1]))
+
+    def _weighted_shifts(self, x):
+        """The depthwise convolution as a sum of shifted clips.
+
+        It is bound by memory, and compilers make one pass of this, while a grouped
+        convolution is slow where the groups have one channel.
+        """
+        wide = "float64" if self.compute_dtype == "float64" else "float32"
+        kernel = ops.cast(self.convolution.kernel, wide)
+        before = (self.kernel_size - 1) // 2
+        time, after = ops.shape(x)[1], self.kernel_size - 1 - before
+        padded = ops.pad(x, ((0, 0), (before, after), (0, 0), (0, 0)))
+        total = 0.0
+        for step in range(self.kernel_size):
+            shifted = ops.cast(padded[:, step : step + time], wide)
+            total = total + shifted * kernel[step, 0, :, 0]
+        if self.use_bias:
+            total = total + ops.cast(self.convolution.bias, wide)
+        return ops.cast(total, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         check_video_shape(self, input_shape)

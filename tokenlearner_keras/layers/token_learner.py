@@ -9,6 +9,7 @@ from tokenlearner_keras.layers._checks import (
     check_rate,
     resolve_grid,
 )
+from tokenlearner_keras.layers._forms import is_literal
 from tokenlearner_keras.layers._initializers import clone_initializer
 from tokenlearner_keras.layers.activations import gelu
 
@@ -243,9 +244,15 @@ class TokenLearner(keras.layers.Layer):
                 count = ops.sum(ops.cast(mask, maps.dtype), axis=1, keepdims=True)
                 count = ops.maximum(count, 1.0)
             weights = maps / count
-        values = x if self.value_dim is None else self.value_dense(x)
+        # The value map is linear, so that it may as well follow the pooling, where it
+        # has few tokens to map instead of all positions.
+        values = x
+        if self.value_dim is not None and is_literal():
+            values = self.value_dense(x)
         tokens = ops.einsum("bps,bpc->bsc", ops.cast(weights, values.dtype), values)
-        tokens = ops.reshape(tokens, (-1, time * self.num_tokens, values.shape[-1]))
+        if self.value_dim is not None and not is_literal():
+            tokens = self.value_dense(tokens)
+        tokens = ops.reshape(tokens, (-1, time * self.num_tokens, tokens.shape[-1]))
         if not return_attention_maps:
             return tokens
         maps = ops.cast(ops.transpose(maps, (0, 2, 1)), self.compute_dtype)
