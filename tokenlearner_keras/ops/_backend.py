@@ -1,6 +1,6 @@
-"""The two things that keras.ops has no backend-neutral form of.
+"""What keras.ops has no backend-neutral form of, or none that compiles quickly.
 
-A function with a hand-written gradient, and a loop that XLA can differentiate.
+A function with a hand-written gradient, a loop that XLA can differentiate, a switch.
 """
 
 import keras
@@ -162,3 +162,32 @@ def loop(count, body, init):
     for index in range(count):
         init = body(index, init)
     return init
+
+
+def switch(index, branches, like):
+    """Returns the result of one of the branches.
+
+    Args:
+        index: int32 scalar tensor.
+        branches: Functions without arguments, to tuples of tensors.
+        like: Tuple of tensors of the results' shapes and dtypes.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return ops.switch(index, branches)
+    import tensorflow as tf
+
+    # TensorFlow's bridge to XLA asks whether the index is a constant, and walks for
+    # minutes through what a series was computed from. It stops at a loop's variable;
+    # XLA then removes the loop, which has one round.
+    def body(round, index, *_):
+        results = tf.switch_case(index, branches)
+        for result, shape in zip(results, like):
+            result.set_shape(shape.shape)
+        return (round + 1, index, *results)
+
+    return tf.while_loop(
+        lambda round, *_: round < 1,
+        body,
+        (tf.constant(0), index, *like),
+        maximum_iterations=1,
+    )[2:]

@@ -97,13 +97,7 @@ def powers_sums(x, first, second, count, unroll):
     """
     if not unroll:
         return _powers_sums_loop(x, first, second, count)
-    form = _powers_sums_form(x)
-    if form == "kernel":
-        from tokenlearner_keras.ops import _pallas
-
-        sums = _pallas.moments(x, first, second, count)
-        return tuple([s[:, p : p + 1] for p in range(count)] for s in sums)
-    if form == "stacked":
+    if _is_stacked():
         # On a GPU, XLA makes one kernel of this; the stack is never stored.
         powers = [ops.ones_like(x)]
         for _ in range(1, count):
@@ -134,21 +128,16 @@ def _powers_sums_loop(x, first, second, count):
     return loop(count, body, (first, second, zeros, zeros))[2:]
 
 
-def _powers_sums_form(x):
-    """Returns the form of `powers_sums` that is fastest on the device at hand."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        from tokenlearner_keras.ops import _pallas
+def _is_stacked():
+    """Returns whether `powers_sums` shall stack the powers: faster on TensorFlow GPUs.
 
-        if _pallas.supported(x):
-            return "kernel"
-    if backend == "tensorflow":
-        import tensorflow as tf
+    Without a compiler the stack would be stored. On JAX, `_fused` takes the work.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
 
-        # Without a compiler the stack would be stored.
-        if not tf.executing_eagerly() and tf.config.list_logical_devices("GPU"):
-            return "stacked"
-    return "separate"
+    return not tf.executing_eagerly() and bool(tf.config.list_logical_devices("GPU"))
 
 
 def evaluate(scales, sums, x):

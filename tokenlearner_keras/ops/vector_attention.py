@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _series, _streaming
-from tokenlearner_keras.ops._backend import with_gradient
+from tokenlearner_keras.ops._backend import switch, with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
 INTERPOLATED_TERMS = 40
@@ -115,6 +115,9 @@ def vector_attention(
     if dropout > 0:
         tensors.append(ops.cast(ops.convert_to_tensor(seed), "int32"))
     function = _function(method, num_terms, inner, pair_mask is not None, dropout)
+    fused = _fused_function(method, num_terms, inner, function)
+    if fused is not None and all(query.shape) and all(key.shape):
+        function, tensors[3:] = fused, [] if mask is None else [key_mask]
     return ops.cast(function(*tensors), dtype)
 
 
@@ -253,6 +256,20 @@ def _function(method, num_terms, dtype, has_pairs, dropout):
     return with_gradient(*_auto_pair(_series.sizes(dtype)))
 
 
+def _fused_function(method, num_terms, dtype, plain):
+    """Returns the function as one GPU kernel, or `None` where there is none."""
+    if keras.backend.backend() != "jax" or method not in ("auto", "interpolated"):
+        return None
+    from tokenlearner_keras.ops import _fused
+
+    mode, count = _fused.mode(dtype), num_terms or INTERPOLATED_TERMS
+    if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
+        return None
+    return _fused.attention(
+        plain, _series.size(count, dtype), method == "auto", mode == "interpret"
+    )
+
+
 def _centered(value, key_mask):
     """Returns values less their mean, and the mean, `(batch, 1, channels)`.
 
@@ -362,9 +379,8 @@ def _auto_pair(sizes):
             ops.logical_not(ops.all(z <= sizes[0][1])), ops.all(z <= sizes[-1][1])
         )
         choice = ops.where(kept, 0, ops.where(longer_helps, 1, 2))
-        output, index = ops.switch(
-            choice, [lambda: (first, ops.cast(0, "int32")), branch, exact]
-        )
+        initial = first, ops.cast(0, "int32")
+        output, index = switch(choice, [lambda: initial, branch, exact], initial)
         return output + mean, (output, index, *m0, *m1)
 
     def backward(args, residuals, upstream):
@@ -394,7 +410,7 @@ def _auto_pair(sizes):
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
 
         branches = [*map(series, range(len(sizes))), exact]
-        return (*ops.switch(index, branches), None)
+        return (*switch(index, branches, (query, key, value)), None)
 
     return forward, backward
 

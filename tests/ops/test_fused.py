@@ -1,0 +1,201 @@
+"""The fused GPU kernel, on a CPU in Pallas's interpreter, against float64."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from tests.ops.test_vector_attention import HARD, normal
+from tests.ops.vector_attention_reference import (
+    BACKEND,
+    reference,
+    relative_errors,
+    value_and_gradients,
+)
+from tokenlearner_keras.ops import vector_attention
+
+if BACKEND != "jax":
+    pytest.skip("the kernel is for the JAX backend", allow_module_level=True)
+
+import jax
+
+from tokenlearner_keras.ops import _fused
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with _fused.force("interpret"):
+        yield
+
+
+def assert_accurate(query, key, value, mask=None, method="auto"):
+    """At most 1e-5, or twice the error of float32 `dense`."""
+    upstream = normal(np.random.default_rng(0), query.shape[1], 1, query.shape[2])
+    upstream = np.repeat(upstream, query.shape[0], axis=0)
+    pairs = None if mask is None else mask[:, None]
+    arguments = query, key, value, upstream
+    expected = reference(*arguments, pairs)
+    limits = relative_errors(
+        value_and_gradients(*arguments, method="dense", mask=mask), expected
+    )
+    errors = relative_errors(
+        value_and_gradients(*arguments, jit=True, method=method, mask=mask), expected
+    )
+    for name, error, limit in zip(("value", "dq", "dk", "dv"), errors, limits):
+        assert error <= max(1e-5, 2 * limit), (name, error, limit)
+
+
+def programs(query, key, value, mask=None):
+    """How many of the kernel's programs left the series."""
+    size, mask = _fused._series.size(40), mask if mask is None else mask[..., None]
+    stats = _fused._forward(
+        *(jax.numpy.asarray(x) for x in (query, key, value)),
+        None if mask is None else jax.numpy.asarray(mask, "float32"),
+        size=size,
+        exact=True,
+        save=True,
+        interpret=True,
+    )[1]
+    bad = np.asarray(stats[:, 3]) > 0
+    missing = -bad.shape[1] % _fused.FORWARD.columns
+    bad = np.pad(bad, ((0, 0), (0, missing)))
+    return bad.reshape(bad.shape[0], -1, _fused.FORWARD.columns).any(-1)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize(
+    ("queries", "keys", "channels"), [(64, 64, 8), (70, 101, 3), (1, 57, 9)]
+)
+def test_accuracy(scale, queries, keys, channels):
+    rng = np.random.default_rng(queries)
+    q, k = normal(rng, queries, scale, channels), normal(rng, keys, scale, channels)
+    assert_accurate(q, k, normal(rng, keys, 1, channels))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("name", list(HARD))
+def test_accuracy_on_hard_inputs(name, scale):
+    rng = np.random.default_rng(1)
+    q, k, v = (normal(rng, 130) for _ in range(3))
+    assert_accurate(*HARD[name](rng, np.float32(scale) * q, k, v))
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_masks_and_cross_attention(scale):
+    rng = np.random.default_rng(2)
+    shape = (3, 61, 3)
+    q = np.repeat(normal(rng, 45, scale), 3, axis=0)
+    k, v = (scale * rng.standard_normal(shape).astype("float32") for _ in range(2))
+    mask = rng.random((3, 61)) < 0.5
+    mask[1] = True
+    mask[2] = False
+    assert_accurate(q, np.where(mask[..., None], k, 0), v, mask)
+    output = vector_attention(q, k, v, mask=mask)
+    np.testing.assert_array_equal(np.asarray(output)[2], 0)
+    # What stands in masked positions does not matter.
+    k[~mask], v[~mask] = np.nan, np.inf
+    np.testing.assert_array_equal(
+        np.asarray(vector_attention(q, k, v, mask=mask)), np.asarray(output)
+    )
+
+
+def test_one_difficult_channel_leaves_the_others_alone():
+    rng = np.random.default_rng(3)
+    q, k, v = (normal(rng, 64, 1, 24) for _ in range(3))
+    k[..., 10] *= 50
+    np.testing.assert_array_equal(programs(q, k, v), [[False, True, False]])
+    assert_accurate(q, k, v)
+
+
+def test_a_short_series_is_enough_for_ordinary_inputs():
+    rng = np.random.default_rng(4)
+    arrays = [normal(rng, 128, 1, 16) for _ in range(3)]
+    assert not programs(*arrays).any()
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_infinities_give_the_nans_of_dense(which, value):
+    rng = np.random.default_rng(5)
+    arrays = {name: normal(rng, 45) for name in ("query", "key", "value")}
+    arrays["query"][0, 2, 1] = 0
+    arrays[which][0, 5, 1] = value
+    output = np.asarray(vector_attention(**arrays))
+    dense = np.asarray(vector_attention(**arrays, method="dense"))
+    np.testing.assert_array_equal(np.isnan(output), np.isnan(dense))
+    np.testing.assert_allclose(output, dense, rtol=1e-4, atol=1e-6)
+
+
+def test_interpolated_is_nan_where_its_bound_fails():
+    rng = np.random.default_rng(6)
+    q, k, v, g = (normal(rng, 50) for _ in range(4))
+    q[..., 0] *= 100
+    results = value_and_gradients(q, k, v, g, method="interpolated")
+    expected = reference(q, k, v, g)
+    for result in results:
+        assert np.all(np.isnan(result[..., 0]))
+    kept = [x[..., 1:] for x in results]
+    assert max(relative_errors(kept, [x[..., 1:] for x in expected])) < 1e-5
+
+
+@pytest.mark.parametrize("num_terms", [3, 17, 40])
+def test_num_terms(num_terms):
+    rng = np.random.default_rng(7)
+    q, k, v = normal(rng, 45, 1e-4), normal(rng, 45), normal(rng, 45)
+    output = vector_attention(q, k, v, method="interpolated", num_terms=num_terms)
+    expected = reference(q, k, v, v)[0]
+    np.testing.assert_allclose(np.asarray(output), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_second_derivatives(scale, masked):
+    rng = np.random.default_rng(8)
+    arrays = [normal(rng, 45, s, 2) for s in (scale, scale, 1)]
+    mask = rng.random((1, 45)) < 0.7 if masked else None
+    directions = [np.cos(7 * a) for a in arrays]
+
+    def product(method):
+        def loss(*tensors):
+            return ops.sum(
+                ops.sin(vector_attention(*tensors, mask=mask, method=method))
+            )
+
+        def total(*tensors):
+            gradients = jax.grad(loss, (0, 1, 2))(*tensors)
+            return sum(ops.sum(g * d) for g, d in zip(gradients, directions))
+
+        return jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
+
+    expected, actual = (
+        [np.asarray(x) for x in product(method)] for method in ("dense", "auto")
+    )
+    assert max(relative_errors(actual, expected)) < 1e-4
+
+
+def test_vmap():
+    rng = np.random.default_rng(9)
+    q, k, v = (rng.standard_normal((2, 3, 48, 4)).astype("float32") for _ in range(3))
+    output = jax.vmap(vector_attention)(q, k, v)
+    for i in range(2):
+        np.testing.assert_allclose(
+            np.asarray(output[i]), np.asarray(vector_attention(q[i], k[i], v[i]))
+        )
+
+
+@pytest.mark.parametrize("method", ["auto", "interpolated"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("tokens", "channels"), [(512, 432), (77, 5)])
+def test_lowers_for_a_gpu(method, masked, tokens, channels):
+    x = jax.ShapeDtypeStruct((2, tokens, channels), "float32")
+    mask = jax.ShapeDtypeStruct((2, tokens), "bool") if masked else None
+
+    def run(q, k, v, g, mask):
+        output, pullback = jax.vjp(
+            lambda *t: vector_attention(*t, mask=mask, method=method), q, k, v
+        )
+        return output, *pullback(g)
+
+    with _fused.force("kernel"):
+        traced = jax.jit(run).trace(x, x, x, x, mask)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2
