@@ -16,8 +16,10 @@ Each part is written to benchmarks/results as soon as it is done.
 """
 
 import argparse
-import gc
+import json
 import os
+import subprocess
+import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -36,7 +38,7 @@ from keras import ops
 
 import tokenlearner_keras as tlk
 
-PARTS = ("speedup", "resolution", "tokens", "clips")
+ROW = "ROW "
 CLIP_MODULES = {
     "joint attention": ("joint", None),
     "TokenLearner + MHSA": ("token_learner", "multi_head"),
@@ -80,16 +82,20 @@ def timed(steps, arguments, batch_size):
     }
 
 
-def free():
-    gc.collect()
-    keras.backend.clear_session()
-
-
-def flops(model):
+def flops(build):
     """FLOPs of one image: by `count_flops`, or on JAX by XLA's cost analysis."""
     if keras.backend.backend() == "tensorflow":
-        return tlk.count_flops(model).total
+        return tlk.count_flops(build()).total
     import jax
+
+    # Models built now keep off cuDNN's attention, into which the analysis cannot look.
+    enabled = keras.config.is_flash_attention_enabled()
+    keras.config.disable_flash_attention()
+    try:
+        model = build()
+    finally:
+        if enabled is not False:
+            keras.config.enable_flash_attention()
 
     def call(trainable, others, inputs):
         return model.stateless_call(trainable, others, inputs, training=False)[0]
@@ -104,147 +110,154 @@ def flops(model):
         return jax.jit(call).lower(*values, inputs).cost_analysis()["flops"]
 
 
-def speedup(arguments):
-    rows = []
-    for size, batch_size in ((224, arguments.batch_size), (384, arguments.batch_size)):
-        x, y = images(batch_size, size)
-        counts = [flops(vit(arguments, size, n)) for n in (None, 8)]
-        for what in ("training", "inference"):
-            steps = {}
-            for name, num_tokens in (("ViT", None), ("TokenLearner ViT", 8)):
-                model = vit(arguments, size, num_tokens)
-                if what == "training":
-                    steps[name] = training_step(model, classification_loss(), x, y)
-                else:
-                    steps[name] = inference_step(model, x)
-            speeds = timed(steps, arguments, batch_size)
-            ratio = speeds["TokenLearner ViT"] / speeds["ViT"]
-            row = {
-                "size": size,
-                "work": what,
-                "batch": batch_size,
-                **{f"{name}, images/s": f"{v:.0f}" for name, v in speeds.items()},
-                "speed-up": f"{ratio:.2f}",
-                "FLOPs ratio": f"{counts[0] / counts[1]:.2f}",
-                "share": f"{ratio * counts[1] / counts[0]:.2f}",
-            }
-            rows.append(row)
-            print(row, flush=True)
-            del steps, model
-            free()
-    write_results(
-        f"vit_speedup{arguments.suffix}",
-        f"ViT-{arguments.variant} with 8 learned tokens at location 1/2, "
-        f"{arguments.dtype}, XLA",
-        rows,
-        [f"Medians of {arguments.repeats} turns of {arguments.steps} steps."],
+def speedup(arguments, size, work):
+    x, y = images(arguments.batch_size, size)
+    counts, steps = [], {}
+    for name, num_tokens in (("ViT", None), ("TokenLearner ViT", 8)):
+
+        def build(num_tokens=num_tokens):
+            return vit(arguments, size, num_tokens)
+
+        counts.append(flops(build))
+        if work == "training":
+            steps[name] = training_step(build(), classification_loss(), x, y)
+        else:
+            steps[name] = inference_step(build(), x)
+    speeds = timed(steps, arguments, arguments.batch_size)
+    ratio, flops_ratio = (
+        speeds["TokenLearner ViT"] / speeds["ViT"],
+        counts[0] / counts[1],
     )
+    return {
+        "size": size,
+        "work": work,
+        "batch": arguments.batch_size,
+        **{f"{name}, images/s": f"{v:.0f}" for name, v in speeds.items()},
+        "speed-up": f"{ratio:.2f}",
+        "FLOPs ratio": f"{flops_ratio:.2f}",
+        "share": f"{ratio / flops_ratio:.2f}",
+    }
 
 
-def resolution(arguments):
-    rows = []
-    for size in (128, 224, 320, 384, 512):
-        batch_size = max(arguments.batch_size // 2, 1)
-        x, y = images(batch_size, size)
-        steps = {
-            name: training_step(
-                vit(arguments, size, num_tokens), classification_loss(), x, y
-            )
-            for name, num_tokens in (("ViT", None), ("TokenLearner ViT", 8))
-        }
-        speeds = timed(steps, arguments, batch_size)
-        rows.append(
-            {
-                "size": size,
-                "patch tokens": (size // 16) ** 2,
-                **{f"{name}, images/s": f"{v:.0f}" for name, v in speeds.items()},
-                "speed-up": f"{speeds['TokenLearner ViT'] / speeds['ViT']:.2f}",
-            }
+def resolution(arguments, size):
+    x, y = images(arguments.batch_size, size)
+    steps = {
+        name: training_step(
+            vit(arguments, size, num_tokens), classification_loss(), x, y
         )
-        print(rows[-1], flush=True)
-        del steps
-        free()
-    write_results(
-        f"vit_resolution{arguments.suffix}",
-        f"Training of ViT-{arguments.variant} against the resolution, "
-        f"{arguments.dtype}, XLA",
-        rows,
-    )
+        for name, num_tokens in (("ViT", None), ("TokenLearner ViT", 8))
+    }
+    speeds = timed(steps, arguments, arguments.batch_size)
+    return {
+        "size": size,
+        "patch tokens": (size // 16) ** 2,
+        **{f"{name}, images/s": f"{v:.0f}" for name, v in speeds.items()},
+        "speed-up": f"{speeds['TokenLearner ViT'] / speeds['ViT']:.2f}",
+    }
 
 
-def tokens(arguments):
+def tokens(arguments, num_tokens):
     x, y = images(arguments.batch_size, 224)
-    rows = []
-    for num_tokens in (4, 8, 16, 32, 64):
-        model = vit(arguments, 224, num_tokens)
-        steps = {"step": training_step(model, classification_loss(), x, y)}
-        speed = timed(steps, arguments, arguments.batch_size)["step"]
-        rows.append({"num_tokens": num_tokens, "images/s": f"{speed:.0f}"})
-        print(rows[-1], flush=True)
-        del steps, model
-        free()
-    write_results(
-        f"vit_tokens{arguments.suffix}",
-        f"Training of ViT-{arguments.variant} at 224 against the number of tokens, "
-        f"{arguments.dtype}, XLA",
-        rows,
-    )
+    model = vit(arguments, 224, num_tokens)
+    steps = {"step": training_step(model, classification_loss(), x, y)}
+    speed = timed(steps, arguments, arguments.batch_size)["step"]
+    return {"num_tokens": num_tokens, "images/s": f"{speed:.0f}"}
 
 
-def clips(arguments):
+def clips(arguments, frames):
+    batch_size = max(2 * arguments.batch_size // frames, 1)
+    shape = (frames, 8, 8, 432)
     rng = np.random.default_rng(0)
-    rows = []
-    for frames in (16, 32, 64, 128):
-        batch_size = max(arguments.batch_size // frames, 1)
-        shape = (frames, 8, 8, 432)
-        x = ops.convert_to_tensor(
-            rng.standard_normal((batch_size, *shape), dtype="float32")
-        )
-        y = ops.zeros_like(x)
-        steps = {}
-        for name, (module, attention) in CLIP_MODULES.items():
-            model = tlk.models.space_time_module(module, shape, attention=attention)
-            steps[name] = training_step(model, keras.losses.MeanSquaredError(), x, y)
-        speeds = timed(steps, arguments, batch_size)
-        rows.append(
-            {
-                "frames": frames,
-                "clips": batch_size,
-                **{
-                    f"{k}, ms": f"{1e3 * batch_size / v:.2f}" for k, v in speeds.items()
-                },
-            }
-        )
-        print(rows[-1], flush=True)
-        del steps, model
-        free()
-    write_results(
-        f"clip_length{arguments.suffix}",
-        "Training step of one space-time module at 8x8 positions and 432 channels "
-        f"against the clip length, {arguments.dtype}, XLA",
-        rows,
+    x = ops.convert_to_tensor(
+        rng.standard_normal((batch_size, *shape), dtype="float32")
     )
+    y = ops.zeros_like(x)
+    steps = {}
+    for name, (module, attention) in CLIP_MODULES.items():
+        model = tlk.models.space_time_module(module, shape, attention=attention)
+        steps[name] = training_step(model, keras.losses.MeanSquaredError(), x, y)
+    speeds = timed(steps, arguments, batch_size)
+    return {
+        "frames": frames,
+        "clips": batch_size,
+        **{f"{k}, ms": f"{1e3 * batch_size / v:.2f}" for k, v in speeds.items()},
+    }
+
+
+# Function of a row, arguments of the rows, name and title of the results.
+PARTS = {
+    "speedup": (
+        speedup,
+        [(224, "training"), (384, "training"), (224, "inference"), (384, "inference")],
+        "vit_speedup",
+        "ViT-{variant} with 8 learned tokens at location 1/2, {dtype}, XLA",
+    ),
+    "resolution": (
+        resolution,
+        [(128,), (224,), (320,), (384,), (512,)],
+        "vit_resolution",
+        "Training of ViT-{variant} against the resolution, {dtype}, XLA",
+    ),
+    "tokens": (
+        tokens,
+        [(4,), (8,), (16,), (32,), (64,)],
+        "vit_tokens",
+        "Training of ViT-{variant} at 224 against the number of tokens, {dtype}, XLA",
+    ),
+    "clips": (
+        clips,
+        [(16,), (32,), (64,), (128,)],
+        "clip_length",
+        "Training step of one space-time module at 8x8 positions and 432 channels "
+        "against the clip length, {dtype}, XLA",
+    ),
+}
+
+
+def run_part(part, arguments):
+    """Runs every row in a process of its own, and writes what is there after each.
+
+    What one model leaves in the device's memory would slow down the next.
+    """
+    _, cases, name, title = PARTS[part]
+    rows = []
+    for index in range(len(cases)):
+        command = [sys.executable, *sys.argv, "--row", part, str(index)]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+        lines = [x for x in output.splitlines() if x.startswith(ROW)]
+        if not lines:
+            print(f"{part}, row {cases[index]}: failed", flush=True)
+            continue
+        rows.append(json.loads(lines[-1].removeprefix(ROW)))
+        print(rows[-1], flush=True)
+        write_results(
+            name + arguments.suffix,
+            title.format(**vars(arguments)),
+            rows,
+            [f"Medians of {arguments.repeats} turns of {arguments.steps} steps."],
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--variant", default="B/16")
     parser.add_argument("--dtype", default="mixed_bfloat16")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--suffix", default="", help="of the names of the results")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.row is None:
+        for part in arguments.parts:
+            run_part(part, arguments)
+        return
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(arguments.dtype)
-    for part in arguments.parts:
-        {
-            "speedup": speedup,
-            "resolution": resolution,
-            "tokens": tokens,
-            "clips": clips,
-        }[part](arguments)
+    part, index = arguments.row
+    function, cases, *_ = PARTS[part]
+    print(ROW + json.dumps(function(arguments, *cases[int(index)])), flush=True)
 
 
 if __name__ == "__main__":
