@@ -39,7 +39,8 @@ def time_in_turns(functions, repeats=5, warmup=1):
 def training_step(model, loss_fn, inputs, labels, jit=True):
     """Returns a function that trains `model` once on a batch that stays on the device.
 
-    SGD with momentum. The function returns the loss, which it does not wait for.
+    SGD with momentum. The function returns the loss, which it does not wait for. On JAX
+    it is compiled here, on TensorFlow by the first call.
     """
     import keras
 
@@ -73,8 +74,6 @@ def training_step(model, loss_fn, inputs, labels, jit=True):
         trainable, state = optimizer.stateless_apply(state, gradients, trainable)
         return loss, (trainable, others, state)
 
-    if jit:
-        train = jax.jit(train, donate_argnums=(0, 1, 2))
     # Copies: the buffers are given to each step, and Keras keeps its own.
     values = [
         [jax.numpy.array(variable.value) for variable in variables]
@@ -84,6 +83,9 @@ def training_step(model, loss_fn, inputs, labels, jit=True):
             optimizer.variables,
         )
     ]
+    if jit:
+        train = jax.jit(train, donate_argnums=(0, 1, 2))
+        train = train.lower(*values, inputs, labels).compile()
 
     def step():
         # The batch is an argument: as a constant, XLA would fold it while compiling.
@@ -110,11 +112,12 @@ def inference_step(model, inputs, jit=True):
     def call(trainable, others, inputs):
         return model.stateless_call(trainable, others, inputs, training=False)[0]
 
-    call = jax.jit(call) if jit else call
     values = [
         [variable.value for variable in variables]
         for variables in (model.trainable_variables, model.non_trainable_variables)
     ]
+    if jit:
+        call = jax.jit(call).lower(*values, inputs).compile()
     return lambda: call(*values, inputs)
 
 

@@ -12,7 +12,8 @@ The models of one comparison take turns, on batches that stay on the device. Par
 - `clips`: training step of the paper's last stage against the clip length, with joint
   attention, and TokenLearner followed by standard or by vector attention.
 
-Each part is written to benchmarks/results as soon as it is done.
+The rows are compiled first, `--compile-jobs` at a time, and then timed one by one. What
+is there is written to benchmarks/results after every row.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -38,7 +40,7 @@ from keras import ops
 
 import tokenlearner_keras as tlk
 
-ROW = "ROW "
+ROW, READY = "ROW ", "READY"
 CLIP_MODULES = {
     "joint attention": ("joint", None),
     "TokenLearner + MHSA": ("token_learner", "multi_head"),
@@ -69,6 +71,8 @@ def vit(arguments, size, num_tokens=None, location=0.5):
 
 def timed(steps, arguments, batch_size):
     """Returns images/s by name, after the first calls, whose seconds are printed."""
+    print(READY, flush=True)
+    sys.stdin.readline()  # The other rows wait, or are compiled no more.
     functions = {}
     for name, step in steps.items():
         start = time.perf_counter()
@@ -214,26 +218,52 @@ PARTS = {
 }
 
 
-def run_part(part, arguments):
-    """Runs every row in a process of its own, and writes what is there after each.
+def prepare(part, index):
+    """Starts the process of one row and returns it when its models are compiled.
 
-    What one model leaves in the device's memory would slow down the next.
+    Every row has a process of its own: what one model leaves in the device's memory
+    would slow down the next.
     """
-    _, cases, name, title = PARTS[part]
-    rows = []
-    for index in range(len(cases)):
-        command = [sys.executable, *sys.argv, "--row", part, str(index)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
-        lines = [x for x in output.splitlines() if x.startswith(ROW)]
-        if not lines:
-            print(f"{part}, row {cases[index]}: failed", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, *sys.argv, "--row", part, str(index)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
+    )
+    for line in process.stdout:
+        if line.strip() == READY:
+            break
+    return process
+
+
+def finish(process):
+    """Lets a prepared row run and returns it, or `None` where it failed."""
+    try:
+        output, _ = process.communicate("go\n")
+    except BrokenPipeError:
+        return None
+    lines = [x for x in output.splitlines() if x.startswith(ROW)]
+    return json.loads(lines[-1].removeprefix(ROW)) if lines else None
+
+
+def run_parts(arguments):
+    """Compiles all rows, a few at a time, then times them one after the other."""
+    cases = [(part, i) for part in arguments.parts for i in range(len(PARTS[part][1]))]
+    with ThreadPoolExecutor(arguments.compile_jobs) as pool:
+        processes = list(pool.map(lambda case: prepare(*case), cases))
+    rows = {part: [] for part in arguments.parts}
+    for (part, index), process in zip(cases, processes):
+        row = finish(process)
+        _, parameters, name, title = PARTS[part]
+        if row is None:
+            print(f"{part}, row {parameters[index]}: failed", flush=True)
             continue
-        rows.append(json.loads(lines[-1].removeprefix(ROW)))
-        print(rows[-1], flush=True)
+        rows[part].append(row)
         write_results(
             name + arguments.suffix,
             title.format(**vars(arguments)),
-            rows,
+            rows[part],
             [f"Medians of {arguments.repeats} turns of {arguments.steps} steps."],
         )
 
@@ -247,11 +277,13 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--suffix", default="", help="of the names of the results")
+    parser.add_argument(
+        "--compile-jobs", type=int, default=1, help="rows compiled at the same time"
+    )
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row is None:
-        for part in arguments.parts:
-            run_part(part, arguments)
+        run_parts(arguments)
         return
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(arguments.dtype)
