@@ -3,6 +3,7 @@
     python examples/make_vit_faster.py
     python examples/make_vit_faster.py --quick
     python examples/make_vit_faster.py --report
+    KERAS_BACKEND=jax python examples/make_vit_faster.py --workers 8
 
 Trains a ViT on Fashion-MNIST (the teacher), inserts a TokenLearner with 8 tokens in
 its middle, and recovers the accuracy by distillation for 1, 2 and 5 epochs. Beside
@@ -12,19 +13,28 @@ features.
 
 In `--output` you find results.json, the table (table.md) and accuracy.png. Every stage
 is saved: started again after a stop, the script goes on with the first one that is
-missing. `--report` only writes the table and the plot, and fills in FLOPs if they were
-counted nowhere yet (that needs TensorFlow; all else runs on any Keras backend).
+missing. `--workers` lets as many processes share a GPU, which one small model leaves
+idle most of the time; speeds are measured when nothing else runs. `--report` only
+writes the table and the plot, and fills in FLOPs if they were counted nowhere yet (that
+needs TensorFlow; all else runs on any Keras backend).
 """
 
 import argparse
+import concurrent.futures
+import functools
 import gzip
 import json
+import multiprocessing
 import os
+import platform
 import statistics
 import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Workers share the memory of a GPU, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import keras
 import numpy as np
@@ -67,6 +77,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=None)
     parser.add_argument("--quick", action="store_true", help="one seed, few images")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="number of processes that train at once"
+    )
     parser.add_argument("--token-learner", default="v11", choices=("v1", "v10", "v11"))
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
@@ -77,6 +90,8 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.seeds is None:
         arguments.seeds = [0] if arguments.quick else [0, 1, 2]
+    if arguments.workers < 1:
+        parser.error("--workers must be at least 1")
     return arguments
 
 
@@ -246,19 +261,10 @@ class Results:
                         f"{header[key]}. Choose another --output."
                     )
 
-    def stage(self, name, run):
-        """The stored result of a stage, or that of running it now."""
-        if name not in self.values["stages"]:
-            start = time.perf_counter()
-            result = run()
-            self.values["stages"][name] = {
-                "result": result,
-                "seconds": round(time.perf_counter() - start, 1),
-                "backend": keras.backend.backend(),
-            }
-            self.write()
-            print(f"{name}: {result}", flush=True)
-        return self.values["stages"][name]["result"]
+    def add(self, name, stage):
+        self.values["stages"][name] = stage
+        self.write()
+        print(f"{name}: {stage['result']} ({stage['seconds']:.0f} s)", flush=True)
 
     def write(self):
         partial = self.path.with_suffix(".partial")
@@ -266,117 +272,214 @@ class Results:
         os.replace(partial, self.path)
 
 
-def run_seed(seed, arguments, settings, data, results, output):
-    train_data, test_data = data
-    folder = output / f"seed{seed}"
-    folder.mkdir(exist_ok=True)
-    name = f"seed{seed}"
-    rate = arguments.learning_rate
+@functools.cache
+def load_data(folder, train_images, test_images):
+    (x, y), (x_test, y_test) = load_fashion_mnist(folder)
+    return (
+        (x[:train_images], y[:train_images]),
+        (x_test[:test_images], y_test[:test_images]),
+    )
 
-    def load(path):
-        return keras.saving.load_model(folder / path, compile=False)
 
-    def save(model, path):
-        partial = folder / f"partial_{path}"
+class Stages:
+    """What is done for one seed; every stage can run in a process of its own."""
+
+    def __init__(self, seed, arguments, settings, output):
+        self.seed, self.arguments, self.settings = seed, arguments, settings
+        self.folder = output / f"seed{seed}"
+        self.folder.mkdir(exist_ok=True)
+        self.features = output / "features"
+        self.data = load_data(
+            arguments.data_dir, settings["train_images"], settings["test_images"]
+        )
+
+    @staticmethod
+    def names(settings):
+        """All stages, and the ones that each needs first."""
+        last, end = max(settings["recovery_epochs"]), settings["teacher_epochs"]
+        needs = {"teacher": (), f"scratch/{end}": ()}
+        # The longest first.
+        for epochs in sorted(settings["recovery_epochs"], reverse=True):
+            needs[f"regions/{epochs}"] = ("teacher",)
+        needs[f"random/{last}"] = ("teacher",)
+        needs.update({"random/0": ("teacher",), "regions/0": ("teacher",)})
+        needs["few_shot/teacher"] = ("teacher",)
+        needs["few_shot/token_learner"] = (f"regions/{last}",)
+        return needs
+
+    def load(self, path):
+        return keras.saving.load_model(self.folder / path, compile=False)
+
+    def save(self, model, path):
+        partial = self.folder / f"partial_{path}"
         model.save(partial)
-        os.replace(partial, folder / path)
+        os.replace(partial, self.folder / path)
 
-    def train_teacher():
-        keras.utils.set_random_seed(seed)
-        model = make_vit(settings)
+    def train(self, name, **arguments):
+        keras.utils.set_random_seed(self.seed)
+        model = make_vit(self.settings, **arguments)
         train(
             model,
-            train_data,
-            settings,
-            settings["teacher_epochs"],
-            rate,
-            seed,
-            folder / "backup_teacher",
+            self.data[0],
+            self.settings,
+            self.settings["teacher_epochs"],
+            self.arguments.learning_rate,
+            self.seed,
+            self.folder / f"backup_{name}",
         )
-        save(model, "teacher.keras")
-        return accuracy(model, test_data)
+        self.save(model, f"{name}.keras")
+        return accuracy(model, self.data[1])
 
-    results.stage(f"{name}/teacher", train_teacher)
-    teacher = load("teacher.keras")
+    def teacher(self):
+        return self.train("teacher")
 
-    def insert(start):
-        keras.utils.set_random_seed(seed)
-        return tlk.insert_token_learner(
+    def scratch(self, epochs):
+        return self.train(
+            "scratch",
+            num_tokens=NUM_TOKENS,
+            token_learner=self.arguments.token_learner,
+        )
+
+    def random(self, epochs):
+        return self.recover("random", int(epochs))
+
+    def regions(self, epochs):
+        return self.recover("regions", int(epochs))
+
+    def recover(self, start, epochs):
+        teacher = self.load("teacher.keras")
+        keras.utils.set_random_seed(self.seed)
+        student = tlk.insert_token_learner(
             teacher,
             LOCATION,
             NUM_TOKENS,
-            token_learner=arguments.token_learner,
-            regions_from=train_data[0][:256] if start == "regions" else None,
+            token_learner=self.arguments.token_learner,
+            regions_from=self.data[0][0][:256] if start == "regions" else None,
         )
+        if epochs:
+            distill_token_learner(
+                student,
+                teacher,
+                Batches(*self.data[0], self.settings["batch_size"], 1000 + self.seed),
+                epochs=epochs,
+                learning_rate=self.arguments.learning_rate,
+                verbose=2,
+            )
+        if start == "regions" and epochs == max(self.settings["recovery_epochs"]):
+            self.save(student, "token_learner.keras")
+        return accuracy(student, self.data[1])
 
-    for start in ("random", "regions"):
-        results.stage(
-            f"{name}/{start}/0",
-            lambda start=start: accuracy(insert(start), test_data),
+    def few_shot(self, which):
+        digits = load_digits()
+        report = few_shot(
+            self.load(f"{which}.keras"),
+            {"fashion_mnist": self.data, **({"digits": digits} if digits else {})},
+            shots=(1, 5, 10),
+            batch_size=500,
+            cache_dir=self.features,
+            verbose=0,
         )
+        return report.summary
 
-    def recover(start, epochs, path=None):
-        student = insert(start)
-        distill_token_learner(
-            student,
-            teacher,
-            Batches(*train_data, settings["batch_size"], 1000 + seed),
-            epochs=epochs,
-            learning_rate=rate,
-            verbose=2,
-        )
-        if path is not None:
-            save(student, path)
-        return accuracy(student, test_data)
+    def images_per_second(self):
+        names = ("teacher", "token_learner")
+        models = {name: self.load(f"{name}.keras") for name in names}
+        return images_per_second(models, self.data[1][0])
 
-    last = max(settings["recovery_epochs"])
-    for epochs in settings["recovery_epochs"]:
-        results.stage(
-            f"{name}/regions/{epochs}",
-            lambda epochs=epochs: recover(
-                "regions", epochs, "token_learner.keras" if epochs == last else None
-            ),
-        )
-    results.stage(f"{name}/random/{last}", lambda: recover("random", last))
 
-    def from_scratch():
-        keras.utils.set_random_seed(seed)
-        model = make_vit(settings, NUM_TOKENS, arguments.token_learner)
-        train(
-            model,
-            train_data,
-            settings,
-            settings["teacher_epochs"],
-            rate,
-            seed,
-            folder / "backup_scratch",
-        )
-        return accuracy(model, test_data)
+def device_name():
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
 
-    results.stage(f"{name}/scratch/{settings['teacher_epochs']}", from_scratch)
-    student = load("token_learner.keras")
-    results.stage(
-        f"{name}/images_per_second",
-        lambda: images_per_second(
-            {"teacher": teacher, "token_learner": student}, test_data[0]
-        ),
-    )
+        device = jax.devices()[0]
+        if device.platform != "cpu":
+            return device.device_kind
+    elif backend == "tensorflow":
+        import tensorflow as tf
 
-    digits = load_digits()
-    sets = {"fashion_mnist": data, **({"digits": digits} if digits else {})}
-    for which, model in (("teacher", teacher), ("token_learner", student)):
-        results.stage(
-            f"{name}/few_shot/{which}",
-            lambda model=model: (
-                few_shot(
-                    model,
-                    sets,
-                    shots=(1, 5, 10),
-                    cache_dir=output / "features",
-                    verbose=0,
-                ).summary
-            ),
-        )
+        gpus = tf.config.list_physical_devices("GPU")
+        if gpus:
+            return tf.config.experimental.get_device_details(gpus[0])["device_name"]
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def run_stage(seed, stage, arguments, settings, output):
+    """The result of one stage, and where it is from."""
+    start = time.perf_counter()
+    name, *rest = stage.split("/")
+    result = getattr(Stages(seed, arguments, settings, output), name)(*rest)
+    return {
+        "result": result,
+        "seconds": round(time.perf_counter() - start, 1),
+        "backend": keras.backend.backend(),
+        "device": device_name(),
+    }
+
+
+class ThisProcess(concurrent.futures.Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, function, /, *arguments):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def run_missing(arguments, settings, results, output):
+    """Runs the stages that results.json lacks; returns the names of those that fail."""
+    stages = results.values["stages"]
+    needs = Stages.names(settings)
+    waiting = [
+        (seed, stage)
+        for stage in needs
+        for seed in arguments.seeds
+        if f"seed{seed}/{stage}" not in stages
+    ]
+    speed = "images_per_second"
+    speeds = [s for s in arguments.seeds if f"seed{s}/{speed}" not in stages]
+    if not waiting and not speeds:
+        return []
+    if arguments.workers == 1:
+        pool = ThisProcess()
+    else:
+        # A process that has used a GPU cannot be forked.
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(arguments.workers, context)
+    running, failed = {}, []
+
+    def submit(seed, stage):
+        return pool.submit(run_stage, seed, stage, arguments, settings, output)
+
+    def finish(future, seed, stage):
+        try:
+            results.add(f"seed{seed}/{stage}", future.result())
+        except Exception as error:  # the others go on
+            failed.append(f"seed{seed}/{stage}")
+            print(f"{failed[-1]} failed: {type(error).__name__}: {error}", flush=True)
+
+    with pool:
+        while waiting or running:
+            for seed, stage in list(waiting):
+                if all(f"seed{seed}/{name}" in stages for name in needs[stage]):
+                    waiting.remove((seed, stage))
+                    running[submit(seed, stage)] = (seed, stage)
+                    if arguments.workers == 1:
+                        break
+            if not running:
+                break  # what is left waits for a stage that failed
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                finish(future, *running.pop(future))
+        for seed in speeds if not failed else ():
+            # One after the other, while nothing else runs.
+            finish(submit(seed, speed), seed, speed)
+    return failed
 
 
 def mean_and_spread(values):
@@ -448,6 +551,13 @@ def report(results, settings, token_learner, output):
             mean, spread = mean_and_spread(speeds[model])
             speed = f"{mean:,.0f} ± {spread:,.0f}"
         lines.append(f"| {model} | {count} | {speed} |")
+    devices = {
+        f"{stage.get('device', 'device unknown')}, {stage['backend']} backend"
+        for name, stage in stages.items()
+        if name.endswith("/images_per_second")
+    }
+    if devices:
+        lines += ["", f"Measured on: {'; '.join(sorted(devices))}."]
     lines += [
         "",
         "| few-shot, frozen features | shots | ViT, % | with TokenLearner, % |",
@@ -516,18 +626,16 @@ def main(argv=None):
         "token_learner": arguments.token_learner,
         "learning_rate": arguments.learning_rate,
         "keras": keras.version(),
-        "backend": keras.backend.backend(),
         "num_tokens": NUM_TOKENS,
         "location": LOCATION,
     }
     results = Results(output / "results.json", header)
+    failed = []
     if not arguments.report:
-        data = load_fashion_mnist(arguments.data_dir)
-        sizes = (settings["train_images"], settings["test_images"])
-        data = [(x[:size], y[:size]) for (x, y), size in zip(data, sizes)]
-        for seed in arguments.seeds:
-            run_seed(seed, arguments, settings, data, results, output)
+        failed = run_missing(arguments, settings, results, output)
     report(results, settings, arguments.token_learner, output)
+    if failed:
+        raise SystemExit(f"These stages failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

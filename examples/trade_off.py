@@ -1,7 +1,7 @@
 """Accuracy against computation, with and without learned tokens (paper, section 4).
 
     python examples/trade_off.py
-    KERAS_BACKEND=jax python examples/trade_off.py --mixed-precision --minutes 25
+    KERAS_BACKEND=jax python examples/trade_off.py --mixed-precision --workers 10
     python examples/trade_off.py --report
 
 Trains small ViTs on Fashion-MNIST, enlarged to 56 x 56 pixels: 196 patches. All have
@@ -18,6 +18,9 @@ the same width; they differ in
 Every model is trained once with seed 0, then once with seed 1, and so on: a command
 that is stopped early leaves whole tables. Each finished run is added to results.json in
 `--output`; started again, the script goes on with the first one that is missing.
+Small models leave a GPU waiting for the next operation: with `--workers`, as many
+processes share it, each with models of its own. Speeds are measured after all
+training, one model at a time.
 
 `--report` trains nothing and writes table.md, trade_off.png (after figure 5) and
 locations.png (after figure 4) from results.json. It counts the FLOPs, for which it
@@ -25,9 +28,12 @@ needs TensorFlow; the training runs on any Keras backend.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import gzip
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -36,6 +42,9 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Workers share the memory of a GPU, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import keras
 import numpy as np
@@ -141,17 +150,25 @@ def parse_arguments(argv=None):
         help="XLA on the TensorFlow backend; JAX always has it",
     )
     parser.add_argument(
+        "--flash-attention",
+        action=argparse.BooleanOptionalAction,
+        help="fused attention, in bfloat16 on GPUs; by default where Keras finds it",
+    )
+    parser.add_argument(
         "--configurations", nargs="+", help="names of some rows; all if not given"
     )
     parser.add_argument(
         "--minutes", type=float, help="start no run that would end after this time"
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="number of processes that train at once"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args(argv)
     if arguments.num_layers < 4 or arguments.num_layers % 4:
         parser.error("--num-layers must be a multiple of 4, so that it has quarters")
-    if arguments.seeds < 1 or arguments.epochs < 1:
-        parser.error("--seeds and --epochs must be at least 1")
+    if min(arguments.seeds, arguments.epochs, arguments.workers) < 1:
+        parser.error("--seeds, --epochs and --workers must be at least 1")
     if not 1 <= arguments.batch_size <= arguments.train_images:
         parser.error("--batch-size must be from 1 to --train-images")
     known = make_configurations(arguments.num_layers)
@@ -261,21 +278,6 @@ def make_vit(configuration, arguments, seed=0):
     return model
 
 
-class Epochs(keras.callbacks.Callback):
-    """Seconds and loss of every epoch."""
-
-    def __init__(self):
-        super().__init__()
-        self.seconds, self.losses = [], []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.losses.append(float(logs["loss"]))
-        self.seconds.append(time.perf_counter() - self.start)
-
-
 class Model:
     """The model of one configuration, compiled once and trained from several seeds."""
 
@@ -313,26 +315,33 @@ class Model:
         optimizer.build(self.model.trainable_variables)
         for variable in optimizer.variables:
             variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
-        batches = Batches(images, labels, self.arguments.batch_size, seed)
-        epochs = Epochs()
-        self.model.fit(
-            batches,
+        history = self.model.fit(
+            Batches(images, labels, self.arguments.batch_size, seed),
             epochs=self.arguments.epochs,
             shuffle=False,
             verbose=0,
-            callbacks=[epochs],
-        )
-        images_per_epoch = len(batches) * self.arguments.batch_size
+        ).history
         return {
             "accuracy": self.accuracy(*test),
-            "loss": epochs.losses[-1],
+            "loss": float(history["loss"][-1]),
             "parameters": self.vit.count_params(),
-            "images_per_second": self.images_per_second(test[0]),
-            # The first epoch may have compiled the model.
-            "training_images_per_second": images_per_epoch
-            / statistics.median(epochs.seconds[1:])
-            if len(epochs.seconds) > 1
-            else None,
+        }
+
+    def speeds(self, data):
+        """Images a second in inference and training; trains the model on a little."""
+        (images, labels), (test_images, _) = data
+        batch_size = self.arguments.batch_size
+        count = min(20 * batch_size, len(images) // batch_size * batch_size)
+        batches = Batches(images[:count], labels[:count], batch_size, 0)
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            self.model.fit(batches, shuffle=False, verbose=0)
+            seconds.append(time.perf_counter() - start)
+        return {
+            "images_per_second": self.images_per_second(test_images),
+            # The first call may compile the model.
+            "training_images_per_second": count / statistics.median(seconds[1:]),
         }
 
     def accuracy(self, images, labels):
@@ -408,7 +417,7 @@ class Results:
 
     def __init__(self, path, settings):
         self.path = path
-        self.values = {"settings": settings, "runs": {}, "gflops": {}}
+        self.values = {"settings": settings, "runs": {}, "speeds": {}, "gflops": {}}
         if path.exists():
             self.values = json.loads(path.read_text())
             for key, value in settings.items():
@@ -429,52 +438,187 @@ class Results:
         os.replace(partial, self.path)
 
 
+@functools.cache
+def load_data(folder, train_images, test_images):
+    data = load_fashion_mnist(folder)
+    sizes = {"train": train_images, "test": test_images}
+    for (images, _), (part, size) in zip(data, sizes.items()):
+        if len(images) < size:
+            raise SystemExit(
+                f"--{part}-images is {size}, but there are {len(images)} of them"
+            )
+    return [(x[:size], y[:size]) for (x, y), size in zip(data, sizes.values())]
+
+
+class Worker:
+    """Trains models, and keeps each for its next seed. One a process."""
+
+    models: dict = {}  # noqa: RUF012
+
+    @classmethod
+    def call(cls, task, name, arguments, seed=None):
+        """`task` is "run" or "speeds"; returns the result and where it is from."""
+        policy = keras.config.dtype_policy()
+        keras.config.set_dtype_policy(
+            "mixed_bfloat16" if arguments.mixed_precision else "float32"
+        )
+        if arguments.flash_attention is not None:
+            if arguments.flash_attention:
+                keras.config.enable_flash_attention()
+            else:
+                keras.config.disable_flash_attention()
+        try:
+            sizes = arguments.train_images, arguments.test_images
+            data = load_data(arguments.data_dir, *sizes)
+            if name not in cls.models:
+                row = make_configurations(arguments.num_layers)[name]
+                cls.models[name] = Model(row, arguments, data[0][0].shape[1:])
+            start = time.perf_counter()
+            result = getattr(cls.models[name], task)(
+                data, *[] if seed is None else [seed]
+            )
+            return {
+                **result,
+                "seconds": round(time.perf_counter() - start, 1),
+                "device": device_name(),
+                "backend": keras.backend.backend(),
+                "keras": keras.version(),
+            }
+        finally:
+            keras.config.set_dtype_policy(policy)
+
+
+class ThisProcess(concurrent.futures.Executor):
+    """Runs what it is given at once."""
+
+    def submit(self, function, /, *arguments):
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def cost(row, arguments):
+    """What a model costs, roughly: tokens of all blocks."""
+    patches = (arguments.image_size // arguments.patch_size) ** 2
+    if row.num_tokens is None:
+        return patches * row.num_layers
+    return patches * row.location + row.num_tokens * (row.num_layers - row.location)
+
+
+def share_out(configurations, arguments):
+    """The worker of each configuration; all get about as much to do."""
+    load = [0] * arguments.workers
+    workers = {}
+    rows = sorted(configurations, key=lambda row: cost(row, arguments), reverse=True)
+    for row in rows:
+        workers[row.name] = load.index(min(load))
+        # Half of it is the same for all: compiling, preparing the images.
+        load[workers[row.name]] += cost(row, arguments) + 500
+    return workers
+
+
 def train_missing(configurations, arguments, results):
-    """Trains what results.json lacks: all models with seed 0, then all with seed 1."""
+    """Trains what results.json lacks: all models with seed 0, then all with seed 1.
+
+    Returns the names of the runs that failed.
+    """
     missing = [
         (seed, row)
         for seed in range(arguments.seeds)
         for row in configurations.values()
         if f"{row.name}/seed{seed}" not in results.runs
     ]
-    if not missing:
-        return
+    unmeasured = [n for n in configurations if n not in results.values["speeds"]]
+    if not missing and not unmeasured:
+        return []
+    # Before any worker is asked: are the files there?
+    load_data(arguments.data_dir, arguments.train_images, arguments.test_images)
     start = time.perf_counter()
-    data = load_fashion_mnist(arguments.data_dir)
-    sizes = (arguments.train_images, arguments.test_images)
-    for (images, _), size, part in zip(data, sizes, ("train", "test")):
-        if len(images) < size:
-            raise SystemExit(
-                f"--{part}-images is {size}, but there are {len(images)} of them"
-            )
-    data = [(x[:size], y[:size]) for (x, y), size in zip(data, sizes)]
-    device = device_name()
-    models, longest = {}, 0.0
-    for number, (seed, row) in enumerate(missing):
+    Worker.models.clear()
+    worker_of = share_out(configurations.values(), arguments)
+    if arguments.workers == 1:
+        workers = [ThisProcess()]
+    else:
+        # A process that has used a GPU cannot be forked.
+        context = multiprocessing.get_context("spawn")
+        workers = [
+            concurrent.futures.ProcessPoolExecutor(1, context)
+            for _ in range(arguments.workers)
+        ]
+    queues = [[] for _ in workers]
+    for seed, row in missing:
+        queues[worker_of[row.name]].append((seed, row))
+    running, latest, failed, left = {}, {}, [], set()
+    finished = 0
+
+    def minutes_are_over(name):
+        if arguments.minutes is None:
+            return False
+        needed = latest.get(name, max(latest.values(), default=0.0))
+        return 60 * arguments.minutes - (time.perf_counter() - start) < needed
+
+    def start_next(index):
+        if not queues[index]:
+            return
+        seed, row = queues[index][0]
+        if minutes_are_over(row.name):
+            left.update(f"{row.name}/seed{seed}" for seed, row in queues[index])
+            queues[index].clear()
+            return
+        queues[index].pop(0)
         now = time.perf_counter()
-        if arguments.minutes is not None:
-            left = 60 * arguments.minutes - (now - start)
-            if left < longest:
-                print(f"{len(missing) - number} runs are left for the next command.")
-                return
-        if row.name not in models:
-            models[row.name] = Model(row, arguments, data[0][0].shape[1:])
-        run = models[row.name].run(data, seed)
-        seconds = time.perf_counter() - now
-        longest = max(longest, seconds)
-        results.runs[f"{row.name}/seed{seed}"] = {
-            **run,
-            "seconds": round(seconds, 1),
-            "device": device,
-            "backend": keras.backend.backend(),
-            "keras": keras.version(),
-        }
-        results.write()
-        print(
-            f"{number + 1} of {len(missing)}: seed {seed}, {row.label}: "
-            f"{100 * run['accuracy']:.2f} % in {seconds:.0f} s",
-            flush=True,
+        future = workers[index].submit(Worker.call, "run", row.name, arguments, seed)
+        running[future] = (index, seed, row, now)
+
+    for index in range(len(workers)):
+        start_next(index)
+    while running:
+        done, _ = concurrent.futures.wait(
+            running, return_when=concurrent.futures.FIRST_COMPLETED
         )
+        for future in done:
+            index, seed, row, began = running.pop(future)
+            name = f"{row.name}/seed{seed}"
+            finished += 1
+            try:
+                run = future.result()
+            except Exception as error:  # the others go on
+                print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+                failed.append(name)
+                # With another seed it would fail as well.
+                queues[index] = [item for item in queues[index] if item[1] != row]
+            else:
+                latest[row.name] = time.perf_counter() - began
+                results.runs[name] = run
+                results.write()
+                print(
+                    f"{finished} of {len(missing)}: seed {seed}, {row.label}: "
+                    f"{100 * run['accuracy']:.2f} % in {latest[row.name]:.0f} s",
+                    flush=True,
+                )
+            start_next(index)
+    latest.clear()
+    for name in unmeasured:
+        if any(failure.startswith(f"{name}/") for failure in failed):
+            continue
+        if minutes_are_over("speeds"):
+            print("Not all speeds were measured.")
+            break
+        # One after the other, while nothing else runs.
+        now = time.perf_counter()
+        worker = workers[worker_of[name]]
+        speeds = worker.submit(Worker.call, "speeds", name, arguments).result()
+        latest["speeds"] = time.perf_counter() - now
+        results.values["speeds"][name] = speeds
+        results.write()
+    for worker in workers:
+        worker.shutdown()
+    if left:
+        print(f"{len(left)} runs are left for the next command.")
+    return failed
 
 
 def device_name():
@@ -523,8 +667,9 @@ def count_gflops(configurations, arguments, results):
 
 def collect(configurations, results):
     """Returns what the table and the plots show, by configuration."""
-    runs = results.runs
-    device = Counter(run["device"] for run in runs.values()).most_common(1)[0][0]
+    runs, speeds = results.runs, results.values["speeds"]
+    devices = Counter(speed["device"] for speed in speeds.values())
+    device = devices.most_common(1)[0][0] if devices else None
     rows = {}
     for row in configurations.values():
         own = {
@@ -535,12 +680,8 @@ def collect(configurations, results):
         if not own:
             continue
         # Speeds of one device alone are comparable.
-        timed = [run for run in own.values() if run["device"] == device]
-
-        def median(key, timed=timed):
-            values = [run[key] for run in timed if run[key] is not None]
-            return statistics.median(values) if values else None
-
+        speed = speeds.get(row.name, {})
+        speed = speed if speed.get("device") == device else {}
         accuracies = [100 * run["accuracy"] for run in own.values()]
         rows[row.name] = {
             "row": row,
@@ -549,8 +690,8 @@ def collect(configurations, results):
             "spread": statistics.stdev(accuracies) if len(own) > 1 else None,
             "gflops": results.values["gflops"].get(row.name),
             "parameters": next(iter(own.values()))["parameters"],
-            "images_per_second": median("images_per_second"),
-            "training_images_per_second": median("training_images_per_second"),
+            "images_per_second": speed.get("images_per_second"),
+            "training_images_per_second": speed.get("training_images_per_second"),
         }
     return rows, device
 
@@ -668,7 +809,7 @@ def report(configurations, arguments, results, output):
         f"{arguments.mlp_dim}; {arguments.epochs} epochs of {arguments.train_images:,} "
         f"images, batches of {arguments.batch_size}, {precision}. Mean ± sample "
         "standard deviation over the seeds. GFLOPs as in the paper's table 1, in "
-        f"float32. Speeds: medians, {device}, "
+        f"float32. Speeds: medians, {device or 'not measured'}, "
         f"{'/'.join(sorted({run['backend'] for run in runs}))} backend, Keras "
         f"{'/'.join(sorted({run['keras'] for run in runs}))}.",
     ]
@@ -767,20 +908,16 @@ def main(argv=None):
     settings = {key: getattr(arguments, key) for key in SETTINGS}
     results = Results(path, settings)
     configurations = make_configurations(arguments.num_layers)
+    failed = []
     if not arguments.report:
-        policy = keras.config.dtype_policy()
-        keras.config.set_dtype_policy(
-            "mixed_bfloat16" if arguments.mixed_precision else "float32"
+        chosen = arguments.configurations or configurations
+        failed = train_missing(
+            {name: configurations[name] for name in chosen}, arguments, results
         )
-        try:
-            chosen = arguments.configurations or configurations
-            train_missing(
-                {name: configurations[name] for name in chosen}, arguments, results
-            )
-        finally:
-            keras.config.set_dtype_policy(policy)
     if results.runs or arguments.report:
         report(configurations, arguments, results, output)
+    if failed:
+        raise SystemExit(f"These runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
