@@ -3,8 +3,9 @@
     pip install k3im keras-hub
     python benchmarks/rivals.py [--models] [--layers] [--quick]
 
-Speeds are medians of calls in turns. Memory and the first call are measured in a fresh
-process for each row.
+Every row lives in a process of its own, which gives its first call and its peak
+memory. The processes then take turns, and speeds are medians. Results are written after
+each kind of work.
 """
 
 import argparse
@@ -108,14 +109,34 @@ def layer_step(kind, shape, batch_size, backward):
     return lambda: keras.tree.map_structure(np.asarray, function(x))
 
 
-def in_fresh_process(kind, *arguments):
-    """Returns the first call's seconds and the peak memory, in MiB, of one row."""
-    command = [sys.executable, __file__, "--row", json.dumps([kind, *arguments])]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(result.stdout.splitlines()[-1])
+class Row:
+    """A process that has called its step once and calls it again when called."""
+
+    def __init__(self, kind, *arguments):
+        command = [sys.executable, __file__, "--row", json.dumps([kind, *arguments])]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        report = json.loads(self._answer("{"))
+        self.first_call, self.memory = report["first"], report["memory"]
+
+    def __call__(self):
+        print("step", file=self.process.stdin, flush=True)
+        self._answer("done")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self, start):
+        for line in self.process.stdout:
+            if line.startswith(start):
+                return line
+        raise RuntimeError(f"{self.process.args} stopped: {self.process.wait()}")
 
 
 def run_row(kind, *arguments):
+    """What a process of `Row` does."""
     if kind == "model":
         package, size, num_tokens, work = arguments
         make, batch_size = WORK[work]
@@ -126,79 +147,93 @@ def run_row(kind, *arguments):
     start = time.perf_counter()
     step()
     first = time.perf_counter() - start
-    step()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"first": first, "memory": (after - before) / 1024}))
+    print(json.dumps({"first": first, "memory": (after - before) / 1024}), flush=True)
+    for _ in sys.stdin:
+        step()
+        print("done", flush=True)
 
 
-def benchmark_models(sizes, repeats):
-    rows = []
+def run_in_turns(specs, repeats):
+    """Returns rows by name, and the seconds of their calls by name."""
+    rows = {name: Row(*spec) for name, spec in specs.items()}
+    seconds = time_in_turns(rows, repeats, warmup=1)
+    for row in rows.values():
+        row.close()
+    return rows, seconds
+
+
+def benchmark_models(sizes, works, repeats, suffix):
+    table = []
     for size in sizes:
-        for work, (make, batch_size) in WORK.items():
-            steps = {
-                name: make(build_model(*spec), batch_size)
-                for name, spec in model_rows(size).items()
+        for work in works:
+            batch_size = WORK[work][1]
+            specs = {
+                name: ("model", *spec, work) for name, spec in model_rows(size).items()
             }
-            seconds = time_in_turns(steps, repeats)
-            del steps
-            keras.utils.clear_session()
-            for name, spec in model_rows(size).items():
-                alone = in_fresh_process("model", *spec, work)
-                rows.append(
+            rows, seconds = run_in_turns(specs, repeats)
+            for name, row in rows.items():
+                table.append(
                     {
                         "model": name,
                         "work": work,
                         "images/s": f"{batch_size / median(seconds[name]):.2f}",
-                        "first call, s": f"{alone['first']:.1f}",
-                        "memory of two calls, MiB": f"{alone['memory']:.0f}",
+                        "first call, s": f"{row.first_call:.1f}",
+                        "memory of a call, MiB": f"{row.memory:.0f}",
                     }
                 )
-                print(rows[-1], flush=True)
-    write_results(
-        "rivals_models",
-        "ViTs at 224, float32, XLA",
-        rows,
-        notes=[
-            "k3im gives every head the whole width (12 heads of 768 for B/16), so that "
-            "its attention has about `heads` times the weights of a ViT's.",
-            "k3im's TokenLearner stands after block 7 of 12, ours before block 7.",
-        ],
-    )
+            write_results(
+                f"rivals_models{suffix}",
+                "ViTs at 224, float32, XLA",
+                table,
+                notes=[
+                    f"Medians of {repeats} calls in turns.",
+                    "k3im gives every head the whole width (12 heads of 768 for B/16), "
+                    "so that its attention has about `heads` times the weights of a "
+                    "ViT's.",
+                    "k3im's TokenLearner stands after block 7 of 12, ours before "
+                    "block 7.",
+                ],
+            )
 
 
 def benchmark_layers(repeats, batch_size=8):
-    rows = []
+    table = []
     for shape in LAYER_SIZES:
         for backward in (False, True):
-            steps = {k: layer_step(k, shape, batch_size, backward) for k in LAYERS}
-            seconds = time_in_turns(steps, repeats, warmup=2)
+            specs = {k: ("layer", k, shape, batch_size, backward) for k in LAYERS}
+            rows, seconds = run_in_turns(specs, repeats)
             reference = median(seconds["k3im"])
-            for kind in LAYERS:
-                alone = in_fresh_process("layer", kind, shape, batch_size, backward)
-                rows.append(
+            for kind, row in rows.items():
+                table.append(
                     {
                         "layer": kind,
                         "input": "×".join(map(str, shape)),
                         "pass": "forward + backward" if backward else "forward",
                         "ms": f"{1e3 * median(seconds[kind]):.1f}",
                         "× k3im": f"{reference / median(seconds[kind]):.2f}",
-                        "memory of two calls, MiB": f"{alone['memory']:.0f}",
+                        "memory of a call, MiB": f"{row.memory:.0f}",
                     }
                 )
-                print(rows[-1], flush=True)
     write_results(
         "rivals_layers",
         f"TokenLearner layers, 8 tokens, batch {batch_size}, float32, XLA",
-        rows,
-        notes=["v10 with mean pooling computes what k3im's computes."],
+        table,
+        notes=[
+            f"Medians of {repeats} calls in turns.",
+            "v10 with mean pooling computes what k3im's computes.",
+        ],
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--layers", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, S/16 only")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--works", nargs="+", default=list(WORK), choices=WORK)
+    parser.add_argument("--repeats", type=int, default=5, help="of the models")
+    parser.add_argument("--suffix", default="", help="of the models' results")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -206,10 +241,11 @@ def main():
         return
     everything = not (arguments.models or arguments.layers)
     if arguments.layers or everything:
-        benchmark_layers(repeats=5 if arguments.quick else 15)
+        benchmark_layers(repeats=15)
     if arguments.models or everything:
-        sizes = ["S/16"] if arguments.quick else list(SIZES)
-        benchmark_models(sizes, repeats=3 if arguments.quick else 5)
+        benchmark_models(
+            arguments.sizes, arguments.works, arguments.repeats, arguments.suffix
+        )
 
 
 if __name__ == "__main__":
