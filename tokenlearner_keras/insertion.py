@@ -379,8 +379,12 @@ def _fit_attention(layer, x, logits):
     """Sets the attention function of `layer` to map `x` to about `logits`."""
     weights = layer.attention_layers
     if layer.attention == "mlp":
+        # A softmax over the positions does not see a constant: none must be fitted.
+        free = layer.use_bias or layer.activation == "softmax"
+        kernel, bias = _least_squares(x, logits, free)
+        if not layer.use_bias:
+            bias = np.zeros_like(bias)
         # gelu(a) - gelu(-a) = a: pairs of hidden channels pass numbers on exactly.
-        kernel, bias = _least_squares(x, logits, layer.use_bias)
         u, s, vt = np.linalg.svd(np.vstack([kernel, bias]), full_matrices=False)
         rank = min(len(vt), layer.bottleneck_dim // 2)
         first, second = u[:, :rank] * s[:rank], vt[:rank]
