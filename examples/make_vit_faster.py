@@ -80,6 +80,12 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--workers", type=int, default=1, help="number of processes that train at once"
     )
+    parser.add_argument(
+        "--speeds",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure images/s; leave it for later while other programs run",
+    )
     parser.add_argument("--token-learner", default="v11", choices=("v1", "v10", "v11"))
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
@@ -441,6 +447,7 @@ def run_missing(arguments, settings, results, output):
     ]
     speed = "images_per_second"
     speeds = [s for s in arguments.seeds if f"seed{s}/{speed}" not in stages]
+    speeds = speeds if arguments.speeds else []
     if not waiting and not speeds:
         return []
     if arguments.workers == 1:

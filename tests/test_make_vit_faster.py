@@ -104,3 +104,34 @@ def test_whole_run_and_going_on(example, data_dir, tmp_path, monkeypatch, capsys
 
     with pytest.raises(SystemExit, match="results of another learning_rate"):
         example.main([*command, "--learning-rate", "0.1"])
+
+
+def test_stages_wait_for_what_they_need(example, monkeypatch, tmp_path):
+    settings = {**example.QUICK, "recovery_epochs": (1, 2)}
+    needs = example.Stages.names(settings)
+    assert set(needs) == {
+        *("teacher", "scratch/5", "random/0", "regions/0", "regions/1", "regions/2"),
+        *("random/2", "few_shot/teacher", "few_shot/token_learner"),
+    }
+    done = []
+
+    def run_stage(seed, stage, *_):
+        done.append(f"seed{seed}/{stage}")
+        if done[-1] == "seed1/teacher":
+            raise MemoryError("too large")
+        return {"result": 0.5, "seconds": 1, "backend": "jax", "device": "a device"}
+
+    monkeypatch.setattr(example, "run_stage", run_stage)
+    arguments = example.parse_arguments(["--seeds", "0", "1"])
+    header = {"settings": settings, "token_learner": "v11", "learning_rate": 1e-3}
+    results = example.Results(tmp_path / "results.json", header)
+    failed = example.run_missing(arguments, settings, results, tmp_path)
+    assert failed == ["seed1/teacher"]
+    # Everything of seed 0 but the speeds, and what needs no teacher of seed 1.
+    assert set(results.values["stages"]) == {
+        *(f"seed0/{name}" for name in needs),
+        "seed1/scratch/5",
+    }
+    for name, needed in needs.items():
+        for other in needed:
+            assert done.index(f"seed0/{other}") < done.index(f"seed0/{name}")

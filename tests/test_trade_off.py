@@ -2,6 +2,7 @@ import gzip
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,9 +147,10 @@ def test_whole_run(example, data_dir, tmp_path, capsys):
     # It learned something: chance is 0.1.
     assert 0.3 < run["accuracy"] <= 1
     assert run["loss"] < 2
-    assert run["images_per_second"] > 0
-    assert run["training_images_per_second"] > 0
     assert run["backend"] == keras.backend.backend()
+    speeds = results["speeds"]["vit_1/4"]
+    assert speeds["images_per_second"] > speeds["training_images_per_second"] > 0
+    assert speeds["device"] == run["device"]
     printed = capsys.readouterr().out
     assert "1 of 1: seed 0, ViT, 1 layers" in printed
     assert "| ViT, 1 layers | - |" in (output / "table.md").read_text()
@@ -175,7 +177,7 @@ def test_whole_run(example, data_dir, tmp_path, capsys):
 
 
 def test_a_stopped_command_goes_on(example, data_dir, tmp_path, monkeypatch, capsys):
-    done = []
+    done, measured = [], []
 
     class Model:
         """Stands for a model that trains; is stopped in the middle of some run."""
@@ -192,13 +194,11 @@ def test_a_stopped_command_goes_on(example, data_dir, tmp_path, monkeypatch, cap
             if len(done) == self.stop_at:
                 raise KeyboardInterrupt
             done.append(f"{self.name}/seed{seed}")
-            return {
-                "accuracy": 0.5,
-                "loss": 1.0,
-                "parameters": 10,
-                "images_per_second": 1.0,
-                "training_images_per_second": 1.0,
-            }
+            return {"accuracy": 0.5, "loss": 1.0, "parameters": 10}
+
+        def speeds(self, data):
+            measured.append(self.name)
+            return {"images_per_second": 2.0, "training_images_per_second": 1.0}
 
     monkeypatch.setattr(example, "Model", Model)
     monkeypatch.setattr(example, "report", lambda *arguments: None)
@@ -217,6 +217,7 @@ def test_a_stopped_command_goes_on(example, data_dir, tmp_path, monkeypatch, cap
     Model.stop_at = None
     example.main(command)
     assert done == order
+    assert measured == list(example.make_configurations(4))
     assert "15 of 15: seed 1, PoolingTokenizer" in capsys.readouterr().out
 
     # Half of the results are lost.
@@ -239,8 +240,67 @@ def test_a_stopped_command_goes_on(example, data_dir, tmp_path, monkeypatch, cap
     done.clear()
     example.main([*command, "--configurations", "vit", "v11"])
     assert done == []
+    assert len(measured) == 19
     with pytest.raises(SystemExit, match="results of another learning_rate"):
         example.main([*command, "--learning-rate", "0.1"])
+
+
+def test_work_is_shared_out(example):
+    arguments = example.parse_arguments(["--workers", "4"])
+    rows = example.make_configurations(8)
+    workers = example.share_out(rows.values(), arguments)
+    assert set(workers) == set(rows)
+    loads = [
+        sum(example.cost(rows[name], arguments) for name in rows if workers[name] == i)
+        for i in range(4)
+    ]
+    assert max(loads) < 1.5 * min(loads)
+    # Tokens of all blocks: 4 blocks of 196 and 4 of 8.
+    assert example.cost(rows["location_1/2"], arguments) == 4 * 196 + 4 * 8
+    assert example.cost(rows["vit"], arguments) == 8 * 196
+
+
+def test_a_failed_run_does_not_stop_the_others(
+    example, data_dir, tmp_path, monkeypatch, capsys
+):
+    class Model:
+        def __init__(self, configuration, arguments, image_shape):
+            self.name = configuration.name
+
+        def run(self, data, seed):
+            if self.name == "vit":
+                raise MemoryError("too large")
+            return {"accuracy": 0.5, "loss": 1.0, "parameters": 10}
+
+        def speeds(self, data):
+            return {"images_per_second": 2.0, "training_images_per_second": 1.0}
+
+    monkeypatch.setattr(example, "Model", Model)
+    monkeypatch.setattr(example, "report", lambda *arguments: None)
+    command = [*TINY, "--data-dir", str(data_dir), "--output", str(tmp_path)]
+    command[command.index("--seeds") + 1] = "2"
+    names = ["vit_1/4", "vit", "location_1/2"]
+    with pytest.raises(SystemExit, match="These runs failed: vit/seed0"):
+        example.main([*command, "--configurations", *names])
+    assert "vit/seed0 failed: MemoryError: too large" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == {
+        f"{name}/seed{seed}" for name in ("vit_1/4", "location_1/2") for seed in (0, 1)
+    }
+    assert set(results["speeds"]) == {"vit_1/4", "location_1/2"}
+
+
+@pytest.mark.slow
+def test_two_workers(data_dir, tmp_path):
+    command = [
+        *(sys.executable, str(SCRIPT), *TINY, "--workers", "2"),
+        *("--configurations", "vit_1/4", "vit_1/2", "--epochs", "1"),
+        *("--data-dir", str(data_dir), "--output", str(tmp_path)),
+    ]
+    subprocess.run(command, check=True, timeout=600)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["runs"]) == {"vit_1/4/seed0", "vit_1/2/seed0"}
+    assert set(results["speeds"]) == {"vit_1/4", "vit_1/2"}
 
 
 def fake_results(example, arguments, offsets, seeds=5):
@@ -253,8 +313,6 @@ def fake_results(example, arguments, offsets, seeds=5):
                 "accuracy": 0.9 + offsets.get(name, 0) + rng.normal(0, 1e-4),
                 "loss": 0.1,
                 "parameters": 1000,
-                "images_per_second": 100.0 + seed,
-                "training_images_per_second": None,
                 "device": "some device",
                 "backend": "jax",
                 "keras": "3",
@@ -262,6 +320,15 @@ def fake_results(example, arguments, offsets, seeds=5):
     return {
         "settings": {key: getattr(arguments, key) for key in example.SETTINGS},
         "runs": runs,
+        "speeds": {
+            name: {
+                "images_per_second": 100.0 + index,
+                "training_images_per_second": None,
+                # Speeds of another device are not comparable.
+                "device": "slow device" if name == "v10" else "some device",
+            }
+            for index, name in enumerate(example.make_configurations(4))
+        },
         "gflops": {},
     }
 
@@ -298,9 +365,10 @@ def test_report(example, tmp_path, capsys):
         "8",
         "1,000",
         "5",
-        "102",
+        "107",
         "-",
     )
+    assert cells["TokenLearner v10 at 1/2"][-2] == "-"
     model = example.make_vit(rows["TokenLearner at 3/4"], arguments)
     assert gflops == f"{tlk.count_flops(model, convention='xla').total / 1e9:.4f}"
     assert "mixed_bfloat16" in table
@@ -346,7 +414,7 @@ def test_bad_arguments(example, data_dir, tmp_path, capsys):
         (["--num-layers", "6"], "--num-layers must be a multiple of 4"),
         (["--configurations", "vti"], "received vti"),
         (["--batch-size", "99", "--train-images", "64"], "--batch-size must be"),
-        (["--seeds", "0"], "--seeds and --epochs must be at least 1"),
+        (["--seeds", "0"], "--seeds, --epochs and --workers must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             example.main([*arguments, "--output", str(tmp_path)])
