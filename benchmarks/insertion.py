@@ -9,7 +9,6 @@ results/insertion.md.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import keras
 import keras_hub
 import numpy as np
-from common import RESULTS, machine, markdown_table, median, time_in_turns
+from common import RESULTS, median, time_in_turns, write_results
 
 import tokenlearner_keras as tlk
 
@@ -81,24 +80,26 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384])
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default=str(RESULTS / "insertion.json"))
+    parser.add_argument("--output", default=str(RESULTS), help="folder")
     arguments = parser.parse_args()
     rows = []
     for size in arguments.sizes:
         rows.append(compare(size, arguments.batch_size, arguments.rounds))
         print(rows[-1], flush=True)
-    path = Path(arguments.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "machine": {**machine(), "keras_hub": keras_hub.__version__},
-        "rows": rows,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    table = markdown_table(rows)
-    path.with_suffix(".md").write_text(table + "\n")
-    print(table)
+    write_results(
+        "insertion",
+        "KerasHub's ViT-B/16 with a TokenLearner inserted in its middle",
+        rows,
+        notes=[
+            "8 tokens before block 6 of 12; random weights; float32",
+            f"medians of {arguments.rounds} calls of `predict_on_batch`, in turns",
+            "FLOPs ratio: multiply-adds without by those with the TokenLearner",
+            f"keras-hub {keras_hub.__version__}",
+        ],
+        folder=arguments.output,
+    )
 
 
 if __name__ == "__main__":

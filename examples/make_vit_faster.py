@@ -490,7 +490,47 @@ def run_missing(arguments, settings, results, output):
 
 
 def mean_and_spread(values):
-    return float(np.mean(values)), float(np.std(values))
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(spread)
+
+
+def sentences(summary):
+    """Whether the accuracy came back: 0.5 points, 20 % of the steps."""
+    found = []
+    for start in ("regions", "random"):
+        cells = {
+            int(name.split("/")[1]): cell
+            for name, cell in summary.items()
+            if name.startswith(f"{start}/") and cell["share_of_teacher_steps"] <= 0.2
+        }
+        if not any(cells):
+            continue
+        met = [
+            e for e, cell in cells.items() if cell["difference_to_teacher"] >= -0.005
+        ]
+        epochs = min(met) if met else max(cells)
+        cell = cells[epochs]
+        found.append(
+            f"{LABELS[start].split(', ')[1]}, "
+            + (f"yes, after {epochs}" if met else f"no, not after {epochs}")
+            + f" epochs, {100 * cell['share_of_teacher_steps']:.0f} % of the steps "
+            f"({100 * cell['difference_to_teacher']:+.2f} points)"
+        )
+    if not found:
+        return []
+    return [
+        "",
+        "Within 0.5 points of the teacher after at most 20 % of its training steps: "
+        f"{'; '.join(found)}.",
+    ]
+
+
+LABELS = {
+    "teacher": "ViT (teacher)",
+    "random": "inserted, random start",
+    "regions": "inserted, start as regions",
+    "scratch": "TokenLearner ViT from scratch",
+}
 
 
 def report(results, settings, token_learner, output):
@@ -516,12 +556,7 @@ def report(results, settings, token_learner, output):
     if not by_row:
         raise SystemExit("There are no results yet: run without --report first.")
     teacher_epochs = settings["teacher_epochs"]
-    labels = {
-        "teacher": "ViT (teacher)",
-        "random": "inserted, random start",
-        "regions": "inserted, start as regions",
-        "scratch": "TokenLearner ViT from scratch",
-    }
+    labels = LABELS
     order = list(labels)
     rows, summary = [], {}
     for (what, epochs), values in sorted(
@@ -546,7 +581,8 @@ def report(results, settings, token_learner, output):
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"{max(map(len, by_row.values()))} seeds; mean ± standard deviation.",
+        f"{max(map(len, by_row.values()))} seeds; mean ± sample standard deviation.",
+        *sentences(summary),
         "",
         "| model | multiply-adds, millions | images/s (`predict`) |",
         "|---|---|---|",
@@ -605,7 +641,7 @@ def plot(by_row, labels, teacher_epochs, path):
             axes.errorbar(
                 [epochs for epochs, _ in points],
                 [100 * np.mean(values) for _, values in points],
-                [100 * np.std(values) for _, values in points],
+                [100 * mean_and_spread(values)[1] for _, values in points],
                 fmt=style,
                 capsize=3,
                 label=labels[what],
@@ -613,7 +649,7 @@ def plot(by_row, labels, teacher_epochs, path):
     for what, color in (("teacher", "black"), ("scratch", "gray")):
         values = by_row.get((what, teacher_epochs))
         if values:
-            mean, spread = 100 * np.mean(values), 100 * np.std(values)
+            mean, spread = (100 * value for value in mean_and_spread(values))
             axes.axhline(mean, color=color, label=f"{labels[what]}, {teacher_epochs}")
             axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.15)
     axes.set(xlabel="epochs of recovery", ylabel="test accuracy, %")

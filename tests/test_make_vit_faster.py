@@ -135,3 +135,21 @@ def test_stages_wait_for_what_they_need(example, monkeypatch, tmp_path):
     for name, needed in needs.items():
         for other in needed:
             assert done.index(f"seed0/{other}") < done.index(f"seed0/{name}")
+
+
+def test_sentence_on_the_target(example):
+    def cell(share, gap):
+        return {"share_of_teacher_steps": share, "difference_to_teacher": gap}
+
+    summary = {
+        "teacher/25": cell(1.0, 0.0),
+        "regions/0": cell(0.0, -0.6),
+        "regions/2": cell(0.08, -0.004),
+        "regions/5": cell(0.2, -0.001),
+        "random/5": cell(0.2, -0.0071),
+        "random/10": cell(0.4, 0.0),
+    }
+    _, text = example.sentences(summary)
+    assert "start as regions, yes, after 2 epochs, 8 % of the steps (-0.40" in text
+    assert "random start, no, not after 5 epochs, 20 % of the steps (-0.71" in text
+    assert example.sentences({"teacher/25": cell(1.0, 0.0)}) == []
