@@ -216,7 +216,7 @@ def _write_litert(model, path, quantize, batch_size):
 def _write_onnx(model, path, quantize, batch_size):
     import onnx
 
-    with _quiet():
+    with _quiet(), _selections_are_exact():
         model.export(
             str(path),
             format="onnx",
@@ -231,6 +231,35 @@ def _write_onnx(model, path, quantize, batch_size):
     _store_onnx_weights(proto, quantize)
     onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
+
+
+@contextlib.contextmanager
+def _selections_are_exact():
+    """Has tf2onnx write `where(condition, a, b)` as ONNX's `Where`.
+
+    It writes `condition * a + (1 - condition) * b`, which is NaN for an infinite `a` or
+    `b` that is not chosen, unless it sees that one of them is a constant.
+    """
+    import onnx
+    from tf2onnx.onnx_opset.controlflow import Select
+
+    by_products = Select.version_7
+
+    def select(ctx, node, **kwargs):
+        if ctx.get_dtype(node.output[0]) not in (
+            onnx.TensorProto.FLOAT,
+            onnx.TensorProto.DOUBLE,
+        ):
+            return by_products(ctx, node, **kwargs)
+        node.set_attr("handles_nan", True)
+        Select.version_9(ctx, node, **kwargs)
+        del node.attr["handles_nan"]
+
+    Select.version_7 = select
+    try:
+        yield
+    finally:
+        Select.version_7 = by_products
 
 
 def _store_onnx_weights(proto, quantize):
