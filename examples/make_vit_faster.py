@@ -67,6 +67,7 @@ QUICK = {
     "batch_size": 128,
 }
 PATCH_SIZE, NUM_TOKENS, LOCATION = 4, 8, 0.5
+SPEED_BATCHES = (1, 32, 1000)
 
 
 def parse_arguments(argv=None):
@@ -222,19 +223,59 @@ def accuracy(model, data):
     return float(np.mean(scores.argmax(1) == labels))
 
 
-def images_per_second(models, images, batch_size=500, rounds=5):
-    """Medians of `predict`, after a first call each; the models take turns."""
-    seconds = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.predict(images, batch_size=batch_size, verbose=0)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {
-        name: len(images) / statistics.median(values)
-        for name, values in seconds.items()
-    }
+def compile_forward(model):
+    """A compiled function from a batch of images to scores."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        @jax.jit
+        def call(trainable, others, images):
+            return model.stateless_call(trainable, others, images, training=False)[0]
+
+        weights = [
+            [variable.value for variable in variables]
+            for variables in (model.trainable_variables, model.non_trainable_variables)
+        ]
+        return lambda images: call(*weights, images)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda images: model(images, training=False))
+
+    import torch
+
+    def call(images):
+        with torch.no_grad():
+            return model(images, training=False)
+
+    return call
+
+
+def images_per_second(models, images, batch_size=500, rounds=7, round_seconds=0.5):
+    """Medians of rounds of `round_seconds`, in which the models take turns.
+
+    The batch stays on the device: feeding it is no work of the model.
+    """
+    batch = keras.ops.convert_to_tensor(images[:batch_size])
+    forwards = {name: compile_forward(model) for name, model in models.items()}
+
+    def seconds(name, calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            scores = forwards[name](batch)
+        keras.ops.convert_to_numpy(scores)  # waits for the device
+        return time.perf_counter() - start
+
+    calls, results = {}, {name: [] for name in models}
+    for name in models:
+        fastest = min(seconds(name, 1) for _ in range(3))
+        calls[name] = max(1, round(round_seconds / fastest))
+    for _ in range(rounds):
+        for name in models:
+            speed = len(batch) * calls[name] / seconds(name, calls[name])
+            results[name].append(speed)
+    return {name: statistics.median(values) for name, values in results.items()}
 
 
 def count_flops(settings, token_learner):
@@ -390,7 +431,10 @@ class Stages:
     def images_per_second(self):
         names = ("teacher", "token_learner")
         models = {name: self.load(f"{name}.keras") for name in names}
-        return images_per_second(models, self.data[1][0])
+        return {
+            str(batch_size): images_per_second(models, self.data[1][0], batch_size)
+            for batch_size in SPEED_BATCHES
+        }
 
 
 def device_name():
@@ -446,8 +490,9 @@ def run_missing(arguments, settings, results, output):
         if f"seed{seed}/{stage}" not in stages
     ]
     speed = "images_per_second"
-    speeds = [s for s in arguments.seeds if f"seed{s}/{speed}" not in stages]
-    speeds = speeds if arguments.speeds else []
+    # It does not depend on the seed.
+    measured = any(name.endswith(speed) for name in stages)
+    speeds = arguments.seeds[:1] if arguments.speeds and not measured else []
     if not waiting and not speeds:
         return []
     if arguments.workers == 1:
@@ -484,7 +529,7 @@ def run_missing(arguments, settings, results, output):
             for future in done:
                 finish(future, *running.pop(future))
         for seed in speeds if not failed else ():
-            # One after the other, while nothing else runs.
+            # While nothing else runs.
             finish(submit(seed, speed), seed, speed)
     return failed
 
@@ -513,7 +558,7 @@ def sentences(summary):
         found.append(
             f"{LABELS[start].split(', ')[1]}, "
             + (f"yes, after {epochs}" if met else f"no, not after {epochs}")
-            + f" epochs, {100 * cell['share_of_teacher_steps']:.0f} % of the steps "
+            + f" {'epoch' if epochs == 1 else 'epochs'}, {100 * cell['share_of_teacher_steps']:.0f} % of the steps "
             f"({100 * cell['difference_to_teacher']:+.2f} points)"
         )
     if not found:
@@ -543,8 +588,7 @@ def report(results, settings, token_learner, output):
     for name, stage in stages.items():
         _, what, *rest = name.split("/")
         if what == "images_per_second":
-            for model, value in stage["result"].items():
-                speeds.setdefault(model, []).append(value)
+            speeds = stage["result"]
         elif what == "few_shot":
             for dataset, by_shots in stage["result"].items():
                 for shots, cell in by_shots.items():
@@ -584,16 +628,21 @@ def report(results, settings, token_learner, output):
         f"{max(map(len, by_row.values()))} seeds; mean ± sample standard deviation.",
         *sentences(summary),
         "",
-        "| model | multiply-adds, millions | images/s (`predict`) |",
-        "|---|---|---|",
+        "| model | multiply-adds, millions "
+        + "".join(f"| images/s, batch {batch} " for batch in speeds)
+        + "|",
+        "|---|---:" + "|---:" * len(speeds) + "|",
     ]
+    labels = {**labels, "token_learner": "with TokenLearner"}
     for model in ("teacher", "token_learner"):
         count = "-" if flops is None else f"{flops[model] / 1e6:.1f}"
-        speed = "-"
-        if model in speeds:
-            mean, spread = mean_and_spread(speeds[model])
-            speed = f"{mean:,.0f} ± {spread:,.0f}"
-        lines.append(f"| {model} | {count} | {speed} |")
+        cells = [count, *(f"{by_model[model]:,.0f}" for by_model in speeds.values())]
+        lines.append(f"| {labels[model]} | {' | '.join(cells)} |")
+    ratios = [
+        "-" if flops is None else f"{flops['teacher'] / flops['token_learner']:.2f}",
+        *(f"{by['token_learner'] / by['teacher']:.2f}" for by in speeds.values()),
+    ]
+    lines.append(f"| ratio | {' | '.join(ratios)} |")
     devices = {
         f"{stage.get('device', 'device unknown')}, {stage['backend']} backend"
         for name, stage in stages.items()

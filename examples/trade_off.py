@@ -71,7 +71,7 @@ GROUPS = {
     "variant": "TokenLearner, later variants",
     "tokenizer": "other tokenizers (section 5.3)",
 }
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,15 +510,21 @@ def cost(row, arguments):
     return patches * row.location + row.num_tokens * (row.num_layers - row.location)
 
 
-def share_out(configurations, arguments):
-    """The worker of each configuration; all get about as much to do."""
+def share_out(configurations, arguments, runs):
+    """The worker of each configuration; all get about as much to do.
+
+    `runs` is the number of runs of each, by name.
+    """
+
+    def work(row):
+        # Compiling takes as long as some runs; preparing images is the same for all.
+        return 3000 + runs.get(row.name, 0) * (500 + cost(row, arguments))
+
     load = [0] * arguments.workers
     workers = {}
-    rows = sorted(configurations, key=lambda row: cost(row, arguments), reverse=True)
-    for row in rows:
+    for row in sorted(configurations, key=work, reverse=True):
         workers[row.name] = load.index(min(load))
-        # Half of it is the same for all: compiling, preparing the images.
-        load[workers[row.name]] += cost(row, arguments) + 500
+        load[workers[row.name]] += work(row)
     return workers
 
 
@@ -540,7 +546,8 @@ def train_missing(configurations, arguments, results):
     load_data(arguments.data_dir, arguments.train_images, arguments.test_images)
     start = time.perf_counter()
     Worker.models.clear()
-    worker_of = share_out(configurations.values(), arguments)
+    runs = Counter(row.name for _, row in missing)
+    worker_of = share_out(configurations.values(), arguments, runs)
     if arguments.workers == 1:
         workers = [ThisProcess()]
     else:
@@ -553,6 +560,10 @@ def train_missing(configurations, arguments, results):
     queues = [[] for _ in workers]
     for seed, row in missing:
         queues[worker_of[row.name]].append((seed, row))
+    for name in unmeasured:
+        if arguments.workers > 1 and name not in runs:
+            # Compiled while others train; the speed is not looked at.
+            queues[worker_of[name]].append((None, configurations[name]))
     running, latest, failed, left = {}, {}, [], set()
     finished = 0
 
@@ -567,12 +578,15 @@ def train_missing(configurations, arguments, results):
             return
         seed, row = queues[index][0]
         if minutes_are_over(row.name):
-            left.update(f"{row.name}/seed{seed}" for seed, row in queues[index])
+            left.update(
+                (row.name, seed) for seed, row in queues[index] if seed is not None
+            )
             queues[index].clear()
             return
         queues[index].pop(0)
         now = time.perf_counter()
-        future = workers[index].submit(Worker.call, "run", row.name, arguments, seed)
+        task = "speeds" if seed is None else "run"
+        future = workers[index].submit(Worker.call, task, row.name, arguments, seed)
         running[future] = (index, seed, row, now)
 
     for index in range(len(workers)):
@@ -583,6 +597,9 @@ def train_missing(configurations, arguments, results):
         )
         for future in done:
             index, seed, row, began = running.pop(future)
+            if seed is None:
+                start_next(index)
+                continue
             name = f"{row.name}/seed{seed}"
             finished += 1
             try:
@@ -782,7 +799,7 @@ def report(configurations, arguments, results, output):
     rows, device = collect(configurations, results)
     lines = [
         "| model | tokens | GFLOPs | parameters | test accuracy, % | seeds | images/s "
-        "| images/s, training |",
+        "| images/s, `fit` |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for values in rows.values():
@@ -806,7 +823,8 @@ def report(configurations, arguments, results, output):
         f"{arguments.mlp_dim}; {arguments.epochs} epochs of {arguments.train_images:,} "
         f"images, batches of {arguments.batch_size}, {precision}. Mean ± sample "
         "standard deviation over the seeds. GFLOPs as in the paper's table 1, in "
-        f"float32. Speeds: medians, {device or 'not measured'}, "
+        f"float32. Speeds: medians, batches of {EVALUATION_BATCH} for inference; `fit` "
+        f"with the preparation of the images; {device or 'not measured'}, "
         f"{'/'.join(sorted({run['backend'] for run in runs}))} backend, Keras "
         f"{'/'.join(sorted({run['keras'] for run in runs}))}.",
     ]

@@ -248,13 +248,17 @@ def test_a_stopped_command_goes_on(example, data_dir, tmp_path, monkeypatch, cap
 def test_work_is_shared_out(example):
     arguments = example.parse_arguments(["--workers", "4"])
     rows = example.make_configurations(8)
-    workers = example.share_out(rows.values(), arguments)
+    workers = example.share_out(rows.values(), arguments, dict.fromkeys(rows, 5))
     assert set(workers) == set(rows)
     loads = [
         sum(example.cost(rows[name], arguments) for name in rows if workers[name] == i)
         for i in range(4)
     ]
     assert max(loads) < 1.5 * min(loads)
+    # Where nothing but speeds is left, all get as many models.
+    workers = example.share_out(rows.values(), arguments, {})
+    counts = [list(workers.values()).count(i) for i in range(4)]
+    assert sorted(counts) == [4, 5, 5, 5]
     # Tokens of all blocks: 4 blocks of 196 and 4 of 8.
     assert example.cost(rows["location_1/2"], arguments) == 4 * 196 + 4 * 8
     assert example.cost(rows["vit"], arguments) == 8 * 196
@@ -301,6 +305,14 @@ def test_two_workers(data_dir, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["runs"]) == {"vit_1/4/seed0", "vit_1/2/seed0"}
     assert set(results["speeds"]) == {"vit_1/4", "vit_1/2"}
+    # Speeds alone, of models that are compiled first.
+    del results["speeds"]["vit_1/2"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    subprocess.run(command, check=True, timeout=600)
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["runs"] == results["runs"]
+    assert again["speeds"]["vit_1/4"] == results["speeds"]["vit_1/4"]
+    assert again["speeds"]["vit_1/2"]["images_per_second"] > 0
 
 
 def fake_results(example, arguments, offsets, seeds=5):
