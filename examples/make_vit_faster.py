@@ -558,7 +558,8 @@ def sentences(summary):
         found.append(
             f"{LABELS[start].split(', ')[1]}, "
             + (f"yes, after {epochs}" if met else f"no, not after {epochs}")
-            + f" {'epoch' if epochs == 1 else 'epochs'}, {100 * cell['share_of_teacher_steps']:.0f} % of the steps "
+            + f" epoch{'s' if epochs > 1 else ''}, "
+            f"{100 * cell['share_of_teacher_steps']:.0f} % of the steps "
             f"({100 * cell['difference_to_teacher']:+.2f} points)"
         )
     if not found:
