@@ -87,19 +87,18 @@ def main():
     rows = []
     for size in arguments.sizes:
         rows.append(compare(size, arguments.batch_size, arguments.rounds))
-        print(rows[-1], flush=True)
-    write_results(
-        "insertion",
-        "KerasHub's ViT-B/16 with a TokenLearner inserted in its middle",
-        rows,
-        notes=[
-            "8 tokens before block 6 of 12; random weights; float32",
-            f"medians of {arguments.rounds} calls of `predict_on_batch`, in turns",
-            "FLOPs ratio: multiply-adds without by those with the TokenLearner",
-            f"keras-hub {keras_hub.__version__}",
-        ],
-        folder=arguments.output,
-    )
+        write_results(
+            "insertion",
+            "KerasHub's ViT-B/16 with a TokenLearner inserted in its middle",
+            rows,
+            notes=[
+                "8 tokens before block 6 of 12; random weights; float32",
+                f"medians of {arguments.rounds} calls of `predict_on_batch`, in turns",
+                "FLOPs ratio: multiply-adds without by those with the TokenLearner",
+                f"keras-hub {keras_hub.__version__}",
+            ],
+            folder=arguments.output,
+        )
 
 
 if __name__ == "__main__":
