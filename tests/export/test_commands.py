@@ -92,10 +92,7 @@ def test_a_saved_model_from_the_command_line(folder, capsys):
     assert row.split() == ["picture.png", NAMES[order[0]], f"{expected.max():.4f}"]
 
 
-def test_onnx_and_video_from_the_command_line(folder, capsys):
-    av = pytest.importorskip("av")
-    model = make_model(rank=5)
-    model.save("model.keras")
+def write_clip(av):
     frames = np.zeros((12, 32, 32, 3), "uint8")
     frames[:, :16, :, 0] = np.linspace(0, 255, 12)[:, None, None]
     with av.open("clip.mp4", "w") as container:
@@ -105,6 +102,50 @@ def test_onnx_and_video_from_the_command_line(folder, capsys):
             packet = stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
             container.mux(packet)
         container.mux(stream.encode())
+
+
+def expected_of_clip(model):
+    from tokenlearner_keras.data import read_video
+
+    decoded = read_video("clip.mp4").frames
+    indices = np.linspace(0, len(decoded) - 1, 4).round().astype(int)
+    clip = preprocess_images(decoded[indices], (8, 8))
+    return softmax(model.predict(np.asarray(clip)[None], verbose=0))[0]
+
+
+def test_a_saved_model_of_clips_from_the_command_line(folder, capsys):
+    write_clip(pytest.importorskip("av"))
+    model = make_model(rank=5)
+    model.save("model.keras")
+    export = ["export", "model.keras", "model", "--preprocessing", "uint8"]
+    assert main([*export, "--class-names", "names.txt"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "model"]) == 0
+    text = capsys.readouterr().out
+    assert "input  images: uint8 (any, 4, any, any, 3)" in text
+    assert "output attention_maps: float32 (any, 4, 4, 4, 4)" in text
+    assert main(["predict", "model", "clip.mp4"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["file", "class", "probability"]
+    expected = expected_of_clip(model)
+    assert [row.split()[:2] for row in rows] == [
+        ["clip.mp4", NAMES[index]] for index in np.argsort(-expected)
+    ]
+    actual = [float(row.split()[2]) for row in rows]
+    np.testing.assert_allclose(actual, np.sort(expected)[::-1], atol=6e-5)
+    # A picture is no clip, and what is no video is named.
+    (folder[0] / "broken.mp4").write_bytes(b"no video")
+    assert main(["predict", "model", "picture.png", "broken.mp4", "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert "is an image, and the model takes clips" in first["error"]
+    assert "broken.mp4" in second["error"]
+
+
+def test_onnx_and_video_from_the_command_line(folder, capsys):
+    av = pytest.importorskip("av")
+    model = make_model(rank=5)
+    model.save("model.keras")
+    write_clip(av)
     assert main(["export", "model.keras", "model.onnx", "--batch-size", "1"]) == 0
     assert "(onnx, weights: as trained)" in capsys.readouterr().out
     assert main(["inspect", "model.onnx", "--json"]) == 0
@@ -117,12 +158,7 @@ def test_onnx_and_video_from_the_command_line(folder, capsys):
     first, second = json.loads(capsys.readouterr().out)
     assert "is an image, and the model takes clips" in second["error"]
 
-    from tokenlearner_keras.data import read_video
-
-    decoded = read_video("clip.mp4").frames
-    indices = np.linspace(0, len(decoded) - 1, 4).round().astype(int)
-    clip = preprocess_images(decoded[indices], (8, 8))
-    expected = softmax(model.predict(np.asarray(clip)[None], verbose=0))[0]
+    expected = expected_of_clip(model)
     actual = {e["class"]: e["probability"] for e in first["classes"]}
     np.testing.assert_allclose([actual[i] for i in range(3)], expected, atol=1e-5)
     assert first["classes"][0]["name"] is None

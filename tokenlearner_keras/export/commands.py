@@ -65,6 +65,13 @@ def _add_export(subparsers):
         choices=["auto", "softmax", "sigmoid", "none"],
         default="auto",
     )
+    parser.add_argument(
+        "--vector-attention-method",
+        choices=["interpolated", "streaming", "dense"],
+        default="interpolated",
+        help="what vector attention that chooses its method becomes in a file; a "
+        "SavedModel goes on choosing",
+    )
     parser.add_argument("--overwrite", action="store_true")
     parser.set_defaults(run=_export)
 
@@ -120,6 +127,7 @@ def _export(arguments):
             format=format,
             quantize=arguments.quantize,
             batch_size=arguments.batch_size,
+            vector_attention_method=arguments.vector_attention_method,
             **options,
         )
     )

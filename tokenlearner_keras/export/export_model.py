@@ -22,8 +22,10 @@ from tokenlearner_keras.export.exported_model import (
     resolve_format,
 )
 from tokenlearner_keras.layers._checks import check_choice, check_positive_int
+from tokenlearner_keras.ops import force_vector_attention_method
 
 QUANTIZATIONS = (None, "int8", "float16")
+VECTOR_ATTENTION_METHODS = ("interpolated", "streaming", "dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ def export_model(
     feature_layer: str | None = None,
     check_data: Any = None,
     overwrite: bool = False,
+    vector_attention_method: str = "interpolated",
 ) -> ExportReport:
     """Writes a model for LiteRT, ONNX Runtime, OpenVINO or as a SavedModel.
 
@@ -109,6 +112,11 @@ def export_model(
             integer labels, to run both models on: fills in the report. Needs the
             format's runtime, and `"serve"`.
         overwrite: bool. Whether `path` may exist.
+        vector_attention_method: What `VectorAttention` layers with `method="auto"`
+            become in a file, which cannot choose while it runs: `"interpolated"`
+            (linear time; NaN for inputs that are too large for it, where `"auto"` would
+            change its method), `"streaming"` or `"dense"`. A SavedModel keeps
+            `"auto"`.
 
     Returns:
         An `ExportReport`.
@@ -123,6 +131,9 @@ def export_model(
     format = resolve_format(path, format)
     signatures = saved_model._check_signatures(signatures)
     check_choice("quantize", quantize, QUANTIZATIONS)
+    check_choice(
+        "vector_attention_method", vector_attention_method, VECTOR_ATTENTION_METHODS
+    )
     if batch_size is not None:
         check_positive_int("batch_size", batch_size)
     _check_format(path, format, signatures, quantize, batch_size)
@@ -157,7 +168,8 @@ def export_model(
         beside.mkdir(parents=True)
         try:
             file = beside / path.name
-            WRITERS[format](named, file, quantize, batch_size)
+            with force_vector_attention_method(vector_attention_method):
+                WRITERS[format](named, file, quantize, batch_size)
             # The weights first: whoever sees the new model sees its weights too.
             for written, target in zip(
                 reversed(exported_files(file)), reversed(exported_files(path))
@@ -372,7 +384,7 @@ def _compare(model, path, check_data, output_activation, batch_size):
     images, labels = check_data if isinstance(check_data, tuple) else (check_data, None)
     images = np.asarray(images)
     tensors = saved_model._output_tensors(model, "serve", output_activation, None)
-    reference = keras.Model(model.inputs, tensors["probabilities"])
+    reference = keras.Model(model.input, tensors["probabilities"])
     exported = load_exported(path)
     expected, actual = [], []
     step = batch_size or 32
