@@ -90,6 +90,7 @@ def train(devices, build, optimizer, precision="float32", jit=None, **fit):
         strategy = get_strategy("mirrored", devices=names, verbose=False)
     steps_per_execution = fit.pop("steps_per_execution", 1)
     arrays = fit.pop("arrays", (X, Y))
+    callbacks = fit.pop("callbacks", [])
     with strategy.scope():
         model = build()
         plain_class = type(model)
@@ -110,7 +111,7 @@ def train(devices, build, optimizer, precision="float32", jit=None, **fit):
         epochs=3,
         shuffle=False,
         verbose=0,
-        callbacks=[on_batch],
+        callbacks=[on_batch, *callbacks],
         **fit,
     )
     assert type(model) is plain_class
@@ -154,6 +155,10 @@ def main():
 
     if STAGE == "states":
         states(results, note)
+        return
+    if STAGE == "one_program":
+        one_program(results)
+        note("done")
         return
     _, results["everything_1"] = everything(1, 1)
     note("everything, one device")
@@ -223,7 +228,64 @@ def states(results, note):
     seeds = [v for v in model.variables if "seed" in v.path]
     result["seed_steps"] = [int(v.numpy()[-1]) for v in seeds]
     results["dropout"] = result
+    note("before callbacks")
+    with tempfile.TemporaryDirectory() as folder:
+        for devices in (1, 2):
+            results[f"callbacks_{devices}"] = with_callbacks(devices, folder)
     note("done")
+
+
+def one_program(results):
+    """The step that GPUs get, in which one program holds the sum over the replicas.
+
+    XLA compiles such a sum for GPUs alone, so here it is a TensorFlow function.
+    """
+    from tensorflow.python.distribute import mirrored_strategy
+
+    from tokenlearner_keras.training.distributed import _ReplicaSteps
+
+    extended = mirrored_strategy.MirroredExtended
+    sum_over_replicas = _ReplicaSteps.sum_over_replicas
+    use_merge_call, function = extended._use_merge_call, tf.function
+    sums = []
+
+    def sum_inside(self, values):
+        sums.append(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        extended._use_merge_call = lambda self: False
+        try:
+            return sum_over_replicas(self, values)
+        finally:
+            extended._use_merge_call = use_merge_call
+
+    _, results["everything_1"] = everything(1, 1)
+    _ReplicaSteps.one_program = True
+    _ReplicaSteps.sum_over_replicas = sum_inside
+    tf.function = lambda f, jit_compile=None, **kwargs: function(f, **kwargs)
+    _, results["everything_2"] = everything(2, 3)
+    results["num_sums"] = len(sums)
+
+
+def with_callbacks(devices, folder):
+    """Callbacks that read and write the weights, the averages and the learning rate."""
+    path = f"{folder}/{devices}.weights.h5"
+    model, result = train(
+        devices,
+        token_model,
+        lambda: keras.optimizers.SGD(1e-1, use_ema=True, ema_momentum=0.8),
+        validation_data=batches((X[:24], Y[:24]), 12),
+        callbacks=[
+            keras.callbacks.SwapEMAWeights(),
+            keras.callbacks.ModelCheckpoint(path, save_weights_only=True),
+            # Never enough: the rate is halved after each epoch.
+            keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=0, min_delta=9.0),
+            keras.callbacks.EarlyStopping("loss", restore_best_weights=True),
+        ],
+    )
+    other = token_model()
+    other.load_weights(path)
+    result["saved"] = predict(other)
+    result["rate"] = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    return result
 
 
 if __name__ == "__main__":

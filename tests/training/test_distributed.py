@@ -54,6 +54,13 @@ def test_two_devices_equal_one(results):
     assert_equal(results, "everything", 2)
 
 
+def test_one_program_with_the_sum_inside(tmp_path):
+    results = run(tmp_path, 2, "one_program")
+    assert_equal(results, "everything", 2)
+    assert results["num_sums"] >= 2
+
+
+@pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     assert_equal(run(tmp_path, 4), "everything", 4)
 
@@ -83,6 +90,11 @@ def test_replicas_stay_the_same_under_batch_normalization_and_dropout(state_resu
     # Counted once a training step, on every replica: 4 batches, 3 epochs.
     assert result["seed_steps"] == [12]
     assert result["loss"][-1] < result["loss"][0]
+
+
+def test_callbacks(state_results):
+    assert_equal(state_results, "callbacks", 2)
+    assert state_results["callbacks_2"]["rate"] < 0.1
 
 
 def test_saved_model_is_plain(results):

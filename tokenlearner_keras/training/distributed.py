@@ -1,4 +1,5 @@
 import contextlib
+import weakref
 
 import keras
 from keras import tree
@@ -16,7 +17,8 @@ def distributed(model: keras.Model) -> keras.Model:
     programs on its own device, with the sum over the replicas between them:
 
     1. forward pass, loss, backward pass;
-    2. the sum over all replicas of gradients and layer states (not compiled);
+    2. the sum over all replicas of gradients and layer states, which the first program
+       has joined to one vector (not compiled);
     3. the optimizer.
 
     It sets Keras's hooks on this instance alone: the model keeps its class, its weights
@@ -105,10 +107,16 @@ class _ReplicaSteps:
     `strategy.run`. What they compile belongs to one device, so XLA accepts it.
     """
 
+    # Whether the sum lies inside of the compiled program. TensorFlow compiles that on
+    # GPUs alone. Not the default, as it has not been run there.
+    one_program = False
+
     def __init__(self, model):
         self.model = model
         self.strategy = model.distribute_strategy
         self.states = []  # variables that the layers, losses or metrics assign
+        self.layout = []  # what the vectors hold that are summed over the replicas
+        self.taken = weakref.WeakKeyDictionary()  # steps taken from an iterator
         model.train_step = self.train_step
         model.test_step = self.test_step
         model._make_function = self.make_function
@@ -122,14 +130,22 @@ class _ReplicaSteps:
         if model.run_eagerly:
             return type(model).train_step(model, data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        context = tf.distribute.get_replica_context()
-        result = self.forward(x, y, sample_weight, training=True)
-        summed = context.all_reduce(
-            tf.distribute.ReduceOp.SUM,
-            {key: result[key] for key in ("gradients", "averages", "share")},
-        )
-        self.update(summed, result["states"], replica=self._replica_index(context))
+        replica = self._replica_index(tf.distribute.get_replica_context())
+        result = self.step(x, y, sample_weight, replica=replica)
         return self._update_metrics(x, y, sample_weight, result)
+
+    def _step(self, x, y, sample_weight, replica):
+        """One training step of one replica, without metrics."""
+        result = self.forward(x, y, sample_weight, training=True)
+        summed = self.sum_over_replicas(result.pop("summed"))
+        self.update(summed, result.pop("states"), replica=replica)
+        return result
+
+    def sum_over_replicas(self, values):
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
     def test_step(self, data):
         import tensorflow as tf
@@ -198,19 +214,24 @@ class _ReplicaSteps:
                 # An empty batch has no gradient, but its 0 / 0 would spread.
                 return tf.where(share > 0, product, tf.zeros_like(product))
 
-            gradients = tape.gradient(scaled, model.trainable_weights)
-            result["share"] = share
-            result["gradients"] = {
-                str(index): weighted(gradient, replicas)
-                for index, gradient in enumerate(gradients)
-                if gradient is not None
-            }
-            result["averages"] = {}
+            weights = model.trainable_weights
+            gradients = tape.gradient(scaled, weights)
+            summed = {("share", 0): tf.reshape(share, [])}
+            for index, gradient in enumerate(gradients):
+                if gradient is not None:
+                    value = weighted(gradient, replicas)
+                    summed["gradient", index] = tf.reshape(value, weights[index].shape)
         for variable, value in scope.updates.values():
-            key = "averages" if id(variable) in averaged else "states"
-            if key == "averages":
-                value = weighted(value, 1)
-            result[key][self._state_key(variable)] = value
+            key = self._state_key(variable)
+            if id(variable) in averaged:
+                value = tf.reshape(weighted(value, 1), variable.shape)
+                summed["average", int(key)] = value
+            else:
+                result["states"][key] = value
+        if training:
+            # One vector in place of hundreds of tensors: outside of XLA, the host
+            # would spend longer on the tensors than the devices on the sum.
+            result["summed"], self.layout = _flatten(summed)
         return result
 
     def _update(self, summed, states, replica):
@@ -218,21 +239,18 @@ class _ReplicaSteps:
         import tensorflow as tf
 
         model = self.model
-        count = summed["share"]
-
-        def mean(value):
-            return value / tf.cast(count, value.dtype)
-
+        summed = _unflatten(summed, self.layout)
+        count = summed.pop(("share", 0))
+        means = {k: value / tf.cast(count, value.dtype) for k, value in summed.items()}
         weights = model.trainable_weights
-        gradients = [None] * len(weights)
-        for key, value in summed["gradients"].items():
-            gradients[int(key)] = mean(value)
+        gradients = [means.get(("gradient", index)) for index in range(len(weights))]
         # All of this belongs to one device. The optimizer need not know of others.
         with _local_scope(model, lambda v: self._local(v, replica)):
             if weights:
                 model.optimizer.apply(gradients, weights)
-            for key, value in summed["averages"].items():
-                self.states[int(key)].assign(mean(value))
+            for (kind, index), value in means.items():
+                if kind == "average":
+                    self.states[index].assign(value)
             for key, value in states.items():
                 self.states[int(key)].assign(value)
 
@@ -246,27 +264,63 @@ class _ReplicaSteps:
             self._check_synchronized(jit)
             # Without XLA the layers may communicate, so nothing stands around them.
             self.forward = self._forward
+            self.step = self._step
             if jit:
                 self.forward = tf.function(
                     self._forward, jit_compile=True, autograph=False
                 )
-            self.update = tf.function(self._update, jit_compile=jit, autograph=False)
+            if jit and self.one_program:
+                self.update = self._update
+                self.step = tf.function(self._step, jit_compile=True, autograph=False)
+            else:
+                self.update = tf.function(
+                    self._update, jit_compile=jit, autograph=False
+                )
 
-        def one_step(data):
+        def run_step(data):
             data = tree.map_structure(
                 lambda t: None if isinstance(t, tf.experimental.Optional) else t, data
             )
-            outputs = strategy.run(step_function, args=(data,))
+            return strategy.run(step_function, args=(data,))
+
+        def reduce(outputs):
             return tree.map_structure(
                 lambda t: strategy.reduce("MEAN", t, axis=None), outputs
             )
 
-        def many_steps(iterator):
+        def one_step(data):
+            return reduce(run_step(data))
+
+        def known_steps(iterator, steps):
+            """`steps` steps: there are data for all of them but perhaps the first."""
             # The first step stands outside of the loop: it says what a step returns,
             # and ends the epoch if there are no data.
-            outputs = one_step(iterator.get_next())
+            outputs = run_step(iterator.get_next())
             if model.steps_per_execution == 1:
-                return outputs
+                return reduce(outputs)
+            # The metrics need to be read once only, unless a model returns others.
+            is_plain = type(model).compute_metrics is keras.Model.compute_metrics
+            outputs = () if is_plain else reduce(outputs)
+
+            def next_step(step, outputs):
+                outputs = run_step(iterator.get_next())
+                return step + 1, () if is_plain else reduce(outputs)
+
+            _, outputs = tf.while_loop(
+                lambda step, outputs: step < steps,
+                next_step,
+                (tf.constant(1), outputs),
+            )
+            if is_plain:
+                outputs = reduce(strategy.run(model.get_metrics_result))
+            return outputs
+
+        def many_steps(iterator):
+            """Up to `steps_per_execution` steps, of an iterator of unknown length.
+
+            Slower: the loop carries a batch, which TensorFlow copies between devices.
+            """
+            outputs = one_step(iterator.get_next())
 
             def has_data(step, outputs, data):
                 return tf.logical_and(
@@ -292,18 +346,39 @@ class _ReplicaSteps:
         if not model.run_eagerly:
             one_step = tf.function(one_step, reduce_retracing=True, autograph=False)
             many_steps = tf.function(many_steps, reduce_retracing=True, autograph=False)
+            known_steps = tf.function(
+                known_steps, reduce_retracing=True, autograph=False
+            )
 
         def function(iterator):
             if isinstance(
                 iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)
             ):
-                return many_steps(iterator)
+                steps = self._steps_ahead(iterator)
+                if steps is None:
+                    return many_steps(iterator)
+                return known_steps(iterator, tf.constant(steps))
             outputs = None
             for _, data in zip(range(model.steps_per_execution), iterator):
                 outputs = one_step(data)
             return outputs
 
         return function
+
+    def _steps_ahead(self, iterator):
+        """The steps of the next execution, `None` if only the data will tell."""
+        import tensorflow as tf
+
+        steps = self.model.steps_per_execution
+        length = getattr(iterator, "_cardinality", None)
+        if steps == 1 or length == tf.data.INFINITE_CARDINALITY:
+            return steps
+        # Workers may hold different numbers of batches.
+        if length is None or length < 0 or num_workers(self.strategy)[0] > 1:
+            return None
+        taken = self.taken.get(iterator, 0)
+        self.taken[iterator] = taken + steps
+        return max(min(steps, int(length) - taken), 1)
 
     def symbolic_build(self, iterator=None, data_batch=None):
         """Builds all state from the shapes of the data, without reading any.
@@ -394,6 +469,33 @@ class _ReplicaSteps:
     def _local(self, variable, replica):
         """The component of a Keras variable on the device of a replica."""
         return self.strategy.experimental_local_results(variable._value)[replica]
+
+
+def _flatten(values):
+    """Joins tensors to one vector for each dtype; returns these and what they hold."""
+    import tensorflow as tf
+
+    parts, layout = {}, []
+    for key, value in values.items():
+        # Sums of half precision would be rounded, and not all devices have them.
+        dtype = "float64" if value.dtype == tf.float64 else "float32"
+        parts.setdefault(dtype, []).append(tf.reshape(tf.cast(value, dtype), [-1]))
+        layout.append((key, dtype, value.shape, value.dtype))
+    return {dtype: tf.concat(part, 0) for dtype, part in parts.items()}, layout
+
+
+def _unflatten(vectors, layout):
+    """The inverse of `_flatten`."""
+    import tensorflow as tf
+
+    values = {}
+    for name, vector in vectors.items():
+        held = [entry for entry in layout if entry[1] == name]
+        sizes = [shape.num_elements() for _, _, shape, _ in held]
+        for part, entry in zip(tf.split(vector, sizes), held):
+            key, _, shape, dtype = entry
+            values[key] = tf.cast(tf.reshape(part, shape), dtype)
+    return values
 
 
 def _first_tensor(x):
