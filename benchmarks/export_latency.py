@@ -1,13 +1,16 @@
 """Latency of exported models: ViT-S/16 with 8 learned tokens against the plain one.
 
-Every runtime runs both models in one process, on the same threads, in turns:
+Runtime by runtime, both models run in one process on the same threads, call by call in
+turns:
 
     python benchmarks/export_latency.py --folder /tmp/exports --threads 2
 
-The exports are kept in the folder, so that a second run only measures.
+The exports are kept in the folder, so that a second run only measures. `--runtimes`
+measures some of the runtimes; the table is written once the folder has figures of all.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -80,16 +83,25 @@ def test_images(batch):
     return rng.uniform(-1, 1, (batch, 224, 224, 3)).astype("float32")
 
 
-def measure(folder, formats, threads, batch, repeats):
+def measure(folder, format, threads, repeats):
+    """Returns summaries of one runtime, by model and batch."""
     from tokenlearner_keras.export import load_exported
 
-    functions = {}
-    for format in formats:
-        for name in MODELS:
-            exported = load_exported(folder / name / FILES[format], num_threads=threads)
-            functions[format, name] = lambda exported=exported: exported(images)
-    images = test_images(batch)
-    return time_in_turns(functions, repeats=repeats, warmup=2 if batch == 1 else 1)
+    models = {
+        name: load_exported(folder / name / FILES[format], num_threads=threads)
+        for name in MODELS
+    }
+    results = {}
+    for batch, count in repeats.items():
+        images = test_images(batch)
+        functions = {
+            name: functools.partial(model, images) for name, model in models.items()
+        }
+        seconds = time_in_turns(functions, repeats=count, warmup=1)
+        for name, values in seconds.items():
+            results[name, batch] = summarise(values, batch)
+            print(format, name, batch, results[name, batch], flush=True)
+    return results
 
 
 def summarise(seconds, batch):
@@ -106,29 +118,37 @@ def main():
     parser.add_argument("--folder", type=Path, required=True, help="keeps the exports")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20, help="at batch 1")
-    parser.add_argument("--large-repeats", type=int, default=4, help="at batch 32")
+    parser.add_argument("--large-repeats", type=int, default=5, help="at batch 32")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=[*RUNTIMES])
     parser.add_argument("--export-only", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    reports = export_all(arguments.folder)
-    if arguments.export_only:
-        return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     # Before TensorFlow starts its threads.
     import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
 
-    results = {}
-    for batch, repeats in ((1, arguments.repeats), (32, arguments.large_repeats)):
-        seconds = measure(arguments.folder, FILES, arguments.threads, batch, repeats)
-        for key, values in seconds.items():
-            results[(*key, batch)] = summarise(values, batch)
+    reports = export_all(arguments.folder)
+    if arguments.export_only:
+        return
+    repeats = {1: arguments.repeats, 32: arguments.large_repeats}
+    record = arguments.folder / "latency.json"
+    results = json.loads(record.read_text()) if record.is_file() else {}
+    for format in arguments.runtimes:
+        measured = measure(arguments.folder, format, arguments.threads, repeats)
+        for (name, batch), value in measured.items():
+            results[f"{format}/{name}/{batch}"] = value
+        record.write_text(json.dumps(results, indent=1))
+    missing = [f for f in RUNTIMES if f"{f}/plain/1" not in results]
+    if missing:
+        print(f"still to measure: {missing}")
+        return
     rows = []
     for format, runtime in RUNTIMES.items():
         for batch in (1, 32):
-            plain, learned = (results[format, name, batch] for name in MODELS)
+            plain, learned = (results[f"{format}/{name}/{batch}"] for name in MODELS)
             rows.append(
                 {
                     "runtime": runtime,
@@ -144,9 +164,9 @@ def main():
     notes = [
         "ViT-S/16 at 224x224, 1000 classes, float32, random weights; TokenLearner: "
         "v1, 8 tokens, before block 6 of 12.",
-        f"{arguments.threads} threads; all runtimes and both models in one process, in "
-        f"turns: {arguments.repeats} calls at batch 1, {arguments.large_repeats} at "
-        "batch 32. Images/s is the batch over the median.",
+        f"{arguments.threads} threads; both models of a runtime in one process, in "
+        f"turns: {arguments.repeats} calls at batch 1, "
+        f"{arguments.large_repeats} at batch 32. Images/s: the batch over the median.",
         *(
             f"{name}, {RUNTIMES[format]}: {report['num_bytes'] / 1e6:.1f} MB, exported "
             f"in {report['seconds']:.1f} s, largest difference from Keras "
@@ -158,7 +178,7 @@ def main():
         versions,
     ]
     data = {
-        "latency": {"/".join(map(str, key)): value for key, value in results.items()},
+        "latency": results,
         "exports": reports,
     }
     write_results("export_latency", "Latency of exported models", rows, notes, data)
