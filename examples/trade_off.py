@@ -798,22 +798,30 @@ def report(configurations, arguments, results, output):
     count_gflops(configurations, arguments, results)
     rows, device = collect(configurations, results)
     lines = [
-        "| model | tokens | GFLOPs | parameters | test accuracy, % | seeds | images/s "
-        "| images/s, `fit` |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | tokens | GFLOPs | parameters | test accuracy, % | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
+    if device:
+        lines[0] += " images/s | images/s, `fit` |"
+        lines[1] += "---:|---:|"
     for values in rows.values():
         row = values["row"]
         spread = number(values["spread"], ".2f")
         lines.append(
             f"| {row.label} | {number(row.num_tokens, 'd')} "
             f"| {number(values['gflops'], '.4f')} | {values['parameters']:,} "
-            f"| {values['mean']:.2f} ± {spread} | {len(values['accuracies'])} "
-            f"| {number(values['images_per_second'], ',.0f')} "
-            f"| {number(values['training_images_per_second'], ',.0f')} |"
+            f"| {values['mean']:.2f} ± {spread} | {len(values['accuracies'])} |"
         )
+        if device:
+            lines[-1] += (
+                f" {number(values['images_per_second'], ',.0f')} "
+                f"| {number(values['training_images_per_second'], ',.0f')} |"
+            )
     precision = "mixed_bfloat16" if arguments.mixed_precision else "float32"
-    runs = results.runs.values()
+
+    def names(key):
+        return "/".join(sorted({run[key] for run in results.runs.values()}))
+
     lines += [
         "",
         f"Fashion-MNIST at {arguments.image_size} x {arguments.image_size}, patches of "
@@ -823,10 +831,14 @@ def report(configurations, arguments, results, output):
         f"{arguments.mlp_dim}; {arguments.epochs} epochs of {arguments.train_images:,} "
         f"images, batches of {arguments.batch_size}, {precision}. Mean ± sample "
         "standard deviation over the seeds. GFLOPs as in the paper's table 1, in "
-        f"float32. Speeds: medians, batches of {EVALUATION_BATCH} for inference; `fit` "
-        f"with the preparation of the images; {device or 'not measured'}, "
-        f"{'/'.join(sorted({run['backend'] for run in runs}))} backend, Keras "
-        f"{'/'.join(sorted({run['keras'] for run in runs}))}.",
+        f"float32. Trained on {names('device')}, {names('backend')} backend, Keras "
+        f"{names('keras')}. "
+        + (
+            f"Speeds: medians on {device}, batches of {EVALUATION_BATCH} for "
+            "inference; `fit` with the preparation of the images."
+            if device
+            else "Speeds were not measured."
+        ),
     ]
     sentences = claims(rows)
     lines += ["", *sentences] if sentences else []
