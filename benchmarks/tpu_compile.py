@@ -6,10 +6,12 @@
 The model's own training step under Keras's JAX backend (forward, backward, optimizer,
 metrics), data-parallel, in bfloat16, at the batch of a TPU core in the recipe. The
 result is what a TPU would run: its memory must fit, and no shape may be dynamic. Writes
-benchmarks/results/tpu_compile.md and .json.
+benchmarks/results/tpu_compile.md and .json, row by row: each may take minutes.
+`--missing` compiles only what is not there yet.
 """
 
 import argparse
+import json
 import os
 import re
 import time
@@ -19,8 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud which TPU this is
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
-# Name of the topology, and what one of its devices may use (GiB of HBM).
-TOPOLOGIES = {"v4:2x2x1": 32.0, "v5e:2x2": 16.0, "v6e:2x2": 32.0}
+# Name of the topology, and what one of its devices may use (GiB of HBM). A v4 chip has
+# 32 GiB and is two devices here.
+TOPOLOGIES = {"v4:2x2x1": 16.0, "v5e:2x2": 16.0, "v6e:2x2": 32.0}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
 
 
@@ -121,49 +124,58 @@ def compile_step(name, topology_name, batch_size=None):
     }
 
 
-def main(arguments):
-    from common import write_results
+def row(result):
+    limit = TOPOLOGIES[result["topology"]]
+    fits = result["memory_gib"] <= limit
+    return {
+        "model": result["model"],
+        "topology": f"{result['topology']} ({result['devices']} devices)",
+        "batch of a device": result["batch_per_device"],
+        "GFLOPs an example": f"{result['gflops_per_example']:.1f}",
+        "memory, GiB": f"{result['memory_gib']:.2f} of {limit:.0f}"
+        + ("" if fits else " (!)"),
+        "collectives": ", ".join(
+            f"{count} {kind}" for kind, count in result["collectives"].items() if count
+        ),
+        "dynamic shapes": result["dynamic_shapes"],
+        "compiled in": f"{result['seconds']:.0f} s",
+    }
 
-    rows, data = [], []
-    for name in arguments.models:
-        for topology_name in arguments.topologies:
-            result = compile_step(name, topology_name)
-            data.append(result)
-            fits = result["memory_gib"] <= result["memory_limit_gib"]
-            rows.append(
-                {
-                    "model": name,
-                    "topology": f"{topology_name} ({result['devices']} devices)",
-                    "batch of a device": result["batch_per_device"],
-                    "GFLOPs an example": f"{result['gflops_per_example']:.1f}",
-                    "memory, GiB": f"{result['memory_gib']:.2f} of "
-                    f"{result['memory_limit_gib']:.0f}" + ("" if fits else " (!)"),
-                    "collectives": ", ".join(
-                        f"{count} {kind}"
-                        for kind, count in result["collectives"].items()
-                        if count
-                    ),
-                    "dynamic shapes": result["dynamic_shapes"],
-                    "compiled in": f"{result['seconds']:.0f} s",
-                }
-            )
-            print(rows[-1], flush=True)
-            write_results(
-                "tpu_compile",
-                "Training steps compiled for TPUs",
-                rows,
-                notes=(
-                    "Compiled ahead of time with libtpu; nothing was run on a TPU.",
-                    "vit: ViT-B/16 at 384 with 8 tokens; vivit: ViViT-B/16x2 with 8 "
-                    "tokens a frame, 32 frames; x2plus1d: X(2+1)D-M with TokenLearner, "
-                    "64 frames. mixed_bfloat16, SGD with momentum, data-parallel.",
-                ),
-                data=data,
-            )
+
+def main(arguments):
+    from common import RESULTS, write_results
+
+    wanted = [(m, t) for m in arguments.models for t in arguments.topologies]
+    done = {}
+    if arguments.missing:
+        kept = json.loads((RESULTS / "tpu_compile.json").read_text())["data"]
+        done = {(result["model"], result["topology"]): result for result in kept}
+    for key in wanted:
+        if key in done:
+            continue
+        done[key] = compile_step(*key)
+        rows = [row(done[key]) for key in sorted(done)]
+        print(row(done[key]), flush=True)
+        write_results(
+            "tpu_compile",
+            "Training steps compiled for TPUs",
+            rows,
+            notes=(
+                "Compiled ahead of time with libtpu; nothing was run on a TPU.",
+                "vit: ViT-B/16 at 384 with 8 tokens; vivit: ViViT-B/16x2 with 8 "
+                "tokens a frame, 32 frames; x2plus1d: X(2+1)D-M with TokenLearner, "
+                "64 frames. mixed_bfloat16, SGD with momentum, data-parallel.",
+                "The seconds are those of a busy machine.",
+            ),
+            data=list(done.values()),
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["vit", "vivit", "x2plus1d"])
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument(
+        "--missing", action="store_true", help="keep the results that are there"
+    )
     main(parser.parse_args())
