@@ -41,15 +41,32 @@ from tokenlearner_keras.visualization import (
 VALUE_RANGE = (0.0, 1.0)
 # What suits the two small data sets; the rest gets `OTHER`.
 DEFAULTS = {
-    "digits": {"image_size": 16, "patch_size": 2, "epochs": 30, "batch_size": 32},
+    "digits": {
+        # The scans have 8 x 8 pixels: a patch is one of them and the way to the next.
+        "image_size": 32,
+        "patch_size": 4,
+        "num_layers": 3,
+        "epochs": 28,
+        "batch_size": 32,
+        "learning_rate": 0.002,
+    },
     "fashion_mnist": {
         "image_size": 28,
         "patch_size": 4,
+        "num_layers": 4,
         "epochs": 3,
         "batch_size": 128,
+        "learning_rate": 0.001,
     },
 }
-OTHER = {"image_size": None, "patch_size": None, "epochs": 20, "batch_size": 64}
+OTHER = {
+    "image_size": None,
+    "patch_size": None,
+    "num_layers": 4,
+    "epochs": 20,
+    "batch_size": 64,
+    "learning_rate": 0.001,
+}
 MODELS = {"vit": "ViT", "token_learner_vit": "TokenLearner ViT"}
 
 
@@ -71,13 +88,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--image-size", type=int, help="side of the images in pixels")
     parser.add_argument("--patch-size", type=int, help="side of a patch in pixels")
     parser.add_argument("--hidden-dim", type=int, default=64)
-    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--num-layers", type=int)
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--mlp-dim", type=int, default=128)
     parser.add_argument("--num-tokens", type=int, default=8)
     parser.add_argument("--tokenizer-location", type=float, default=0.5)
     parser.add_argument("--token-learner", default="v1", choices=("v1", "v10", "v11"))
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument(
         "--horizontal-flip",
@@ -85,7 +102,7 @@ def parse_arguments(argv=None):
         help="mirror training images; only where a mirrored image keeps its class",
     )
     parser.add_argument(
-        "--jit-compile", action=argparse.BooleanOptionalAction, default=False
+        "--jit-compile", action=argparse.BooleanOptionalAction, default=True
     )
     arguments = parser.parse_args(argv)
     for name, value in DEFAULTS.get(arguments.dataset, OTHER).items():
@@ -252,6 +269,9 @@ def train(model, dataset, arguments, folder):
     folder.mkdir(parents=True, exist_ok=True)
     flip = arguments.horizontal_flip
     augmentation = image_augmentation(
+        translation=0.06,
+        rotation=0.02,
+        zoom=0.06,
         horizontal_flip=dataset.mirrored if flip is None else flip,
         fill_value=VALUE_RANGE[0],
         seed=arguments.seed,

@@ -100,7 +100,7 @@ def test_image_classifier_writes_everything(images, tmp_path, capsys):
 
     # What was written is the model of the table's second line.
     model = keras.saving.load_model(output / "model.keras")
-    dataset = load_image_dataset("digits", image_size=16)
+    dataset = load_image_dataset("digits", image_size=32)
     batches = dataset.batches("test", 359, value_range=images.VALUE_RANGE)
     _, accuracy = model.evaluate(batches, verbose=0)
     assert accuracy == pytest.approx(learned["test_accuracy"], abs=1e-6)
