@@ -6,7 +6,8 @@
 Each case (method, forward or forward and backward, number of tokens) is compiled with
 XLA, run once, and then timed until `--seconds` are over; the table has the median.
 Memory is what the compiled program allocates for temporaries, as XLA plans it (JAX), or
-the growth of the process's peak (CPU) or of the device's peak (GPU) otherwise. A case
+the growth of the device's peak (GPU), or that of the process's in one call of the
+compiled program, its outputs included and compilation not (TensorFlow on a CPU). A case
 whose predecessor (half as many tokens) took so long that it would take more than
 `--limit` seconds is left out, as is the dense method beyond `--dense-limit` bytes.
 Results go to benchmarks/results/vector_attention_<name>.{json,md,png}.
@@ -78,6 +79,25 @@ def peak_memory(backend, on_gpu):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_of_a_call(call):
+    """Bytes by which one call raises this process's memory (Linux, glibc)."""
+    import ctypes
+
+    def read(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(x.split()[1]) for x in lines if x.startswith(name))
+
+    libc = ctypes.CDLL("libc.so.6")
+    # What is freed goes back at once, else the second call finds it allocated.
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    call()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # peak := now
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
+
+
 def device_name(backend):
     if backend == "jax":
         import jax
@@ -129,6 +149,8 @@ def run_case(options):
             outputs = run(*sets[i % len(sets)])
         wait(outputs)
         times.append((time.perf_counter() - start) / calls)
+    if not on_gpu and backend == "tensorflow":
+        temporary = memory_of_a_call(lambda: wait(run(*sets[0])))
     return {
         "device": name,
         "backend": backend,

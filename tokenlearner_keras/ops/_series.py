@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from tokenlearner_keras.ops import _tiles
 from tokenlearner_keras.ops._backend import loop
 from tokenlearner_keras.ops._coefficients import COEFFICIENTS
 from tokenlearner_keras.ops._streaming import key_limits
@@ -206,6 +207,35 @@ def backward(query, shifted_key, value, m0, m1, output, upstream, half, size):
     h, hy = powers_sums(s, factor, factor * output, count + 1, unroll)
     to_key = value * series(h[1:], shifted_key) - series(hy[1:], shifted_key)
     return to_query, to_key * (reach / half), series(h, shifted_key)
+
+
+def apply(query, shifted_key, value, key_mask, half, size):
+    """Returns outputs, squared cancellations, the sum of the values, and residuals.
+
+    The residuals, a tuple of tensors, are for `gradients`. `key_mask` may be `None`.
+    """
+    if not _is_stacked():
+        results = _tiles.forward(query, shifted_key, value, key_mask, half, size)
+        return *results[:2], results[2][1], results[2]
+    if key_mask is None:
+        key_mask = ops.ones_like(shifted_key[:, :, :1])
+    m0, m1 = moments(shifted_key, value, key_mask, size)
+    output, cancellation = forward(query, m0, m1, half, size)
+    return output, cancellation, m1[0], (*m0, *m1) if size[3] else (m0, m1)
+
+
+def gradients(query, shifted_key, value, residuals, output, upstream, half, size):
+    """Returns the gradients of query, key and value; masked ones are not zeroed."""
+    if not _is_stacked():
+        return _tiles.backward(
+            query, shifted_key, value, residuals, output, upstream, half, size
+        )
+    m0, m1 = (
+        residuals
+        if not size[3]
+        else (list(residuals[: size[0] + 1]), list(residuals[size[0] + 1 :]))
+    )
+    return backward(query, shifted_key, value, m0, m1, output, upstream, half, size)
 
 
 def _denominator(x, m0):

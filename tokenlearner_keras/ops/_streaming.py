@@ -7,8 +7,10 @@ from tokenlearner_keras.ops._backend import loop
 BLOCK = 4
 
 
-def forward(query, key, value, key_mask, pair_mask=None, drop=None):
+def forward(query, key, value, key_mask, pair_mask=None, drop=None, slopes=True):
     """Returns the outputs, the denominators and the derivatives by the query.
+
+    Without `slopes` the derivatives are `None`: half the work and memory.
 
     Args:
         query: float tensor of shape `(batch, queries, d)`, scaled.
@@ -42,19 +44,24 @@ def forward(query, key, value, key_mask, pair_mask=None, drop=None):
             dropped = weight * drop(
                 ops.arange(ops.shape(query)[1]), start + ops.arange(BLOCK)
             )
-        parts = (weight, weight * k, dropped * v, dropped * v * k)
+        parts = (weight, dropped * v)
+        if slopes:
+            parts = (*parts, weight * k, dropped * v * k)
         return _add(sums, (ops.sum(p, axis=2) for p in parts))
 
     # Zeros that inherit every axis, those of unknown size too, and no NaN.
     zeros = ops.zeros_like(query)
-    return finish(*loop(count, body, (zeros,) * 8)[:4])
+    number = 4 if slopes else 2
+    return _finish(*loop(count, body, (zeros,) * (2 * number))[:number])
 
 
-def finish(weights, weighted_keys, weighted_values, weighted_products):
+def _finish(weights, weighted_values, weighted_keys=None, weighted_products=None):
     """Returns outputs, denominators and slopes, zero where there is no key."""
     empty = weights == 0
     denominator = ops.where(empty, ops.ones_like(weights), weights)
     output = weighted_values / denominator
+    if weighted_keys is None:
+        return output, denominator, None
     slope = (weighted_products - output * weighted_keys) / denominator
     return output, denominator, slope
 

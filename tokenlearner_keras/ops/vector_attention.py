@@ -114,7 +114,9 @@ def vector_attention(
         tensors.append(pair_mask)
     if dropout > 0:
         tensors.append(ops.cast(ops.convert_to_tensor(seed), "int32"))
-    function = _function(method, num_terms, inner, pair_mask is not None, dropout)
+    function = _function(
+        method, num_terms, inner, pair_mask is not None, dropout, mask is not None
+    )
     fused = _fused_function(method, num_terms, inner, function)
     if fused is not None and all(query.shape) and all(key.shape):
         function, tensors[3:] = fused, [] if mask is None else [key_mask]
@@ -235,7 +237,7 @@ def dense(query, key, value, mask=None, scale=1.0, drop=None):
 
 
 @functools.cache
-def _function(method, num_terms, dtype, has_pairs, dropout):
+def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
     """Returns the differentiable function of one method."""
 
     def extras(args):
@@ -253,7 +255,7 @@ def _function(method, num_terms, dtype, has_pairs, dropout):
     if method == "interpolated":
         size = _series.size(num_terms or INTERPOLATED_TERMS, dtype)
         return with_gradient(*_interpolated_pair(size))
-    return with_gradient(*_auto_pair(_series.sizes(dtype)))
+    return with_gradient(*_auto_pair(_series.sizes(dtype), has_mask))
 
 
 def _fused_function(method, num_terms, dtype, plain):
@@ -337,19 +339,24 @@ def _interpolated_pair(size):
     return forward, backward
 
 
-def _auto_pair(sizes):
+def _auto_pair(sizes, has_mask):
     """Forward and backward function of `"auto"`."""
 
+    def apply(query, shifted, value, key_mask, half, size):
+        key_mask = key_mask if has_mask else None
+        return _series.apply(query, shifted, value, key_mask, half, size)
+
     def linear(query, shifted, value, key_mask, z, half, size):
-        m0, m1 = _series.moments(shifted, value, key_mask, size)
-        output, cancellation = _series.forward(query, m0, m1, half, size)
+        output, cancellation, total, residuals = apply(
+            query, shifted, value, key_mask, half, size
+        )
         # `all(a <= b)` rather than a maximum: it must fail for NaN.
         kept = ops.logical_and(
             ops.all(z <= size[1]),
             ops.all(cancellation <= _series.MAX_CANCELLATION**2),
         )
-        kept = ops.logical_and(kept, ops.all(ops.isfinite(m1[0])))
-        return output, kept, m0, m1
+        kept = ops.logical_and(kept, ops.all(ops.isfinite(total)))
+        return output, kept, residuals
 
     def forward(query, key, value, key_mask):
         value, mean = _centered(value, key_mask)
@@ -357,12 +364,12 @@ def _auto_pair(sizes):
         tensors = query, shifted, value, key_mask, z, half
 
         def exact():
-            output = _streaming.forward(query, key, value, key_mask)[0]
+            output, _, _ = _streaming.forward(query, key, value, key_mask, slopes=False)
             return output, ops.cast(len(sizes), "int32")
 
         def longer(index, otherwise):
             def branch():
-                output, kept, _, _ = linear(*tensors, sizes[index])
+                output, kept, _ = linear(*tensors, sizes[index])
                 results = output, ops.cast(index, "int32")
                 return ops.cond(kept, lambda: results, otherwise)
 
@@ -370,7 +377,7 @@ def _auto_pair(sizes):
 
         # The shortest series runs before it is known to do: the usual case then needs
         # one decision, which on a GPU means one wait for the host.
-        first, kept, m0, m1 = linear(*tensors, sizes[0])
+        first, kept, residuals = linear(*tensors, sizes[0])
         branch = exact
         for number in range(len(sizes) - 1, 0, -1):
             branch = longer(number, branch)
@@ -381,23 +388,22 @@ def _auto_pair(sizes):
         choice = ops.where(kept, 0, ops.where(longer_helps, 1, 2))
         initial = first, ops.cast(0, "int32")
         output, index = switch(choice, [lambda: initial, branch, exact], initial)
-        return output + mean, (output, index, *m0, *m1)
+        return output + mean, (output, index, *residuals)
 
     def backward(args, residuals, upstream):
         query, key, value, key_mask = args
-        output, index, *rest = residuals
+        output, index, *saved = residuals
         value, _ = _centered(value, key_mask)
 
         def series(number):
             def branch():
                 size = sizes[number]
                 _, half, shifted = _series.geometry(query, key, key_mask)
-                if number == 0:
-                    m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-                else:
-                    m0, m1 = _series.moments(shifted, value, key_mask, size)
-                to_query, to_key, to_value = _series.backward(
-                    query, shifted, value, m0, m1, output, upstream, half, size
+                rest = saved
+                if number > 0:
+                    *_, rest = apply(query, shifted, value, key_mask, half, size)
+                to_query, to_key, to_value = _series.gradients(
+                    query, shifted, value, rest, output, upstream, half, size
                 )
                 return to_query, to_key * key_mask, to_value * key_mask
 

@@ -1,0 +1,74 @@
+"""Moments and series by tiles of tokens, against NumPy, and lengths not known before."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from tests.ops.vector_attention_reference import (
+    BACKEND,
+    reference,
+    relative_errors,
+)
+from tokenlearner_keras.ops import _tiles, vector_attention
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 16, 64, 77, 200])
+def test_moments(length, batch):
+    rng = np.random.default_rng(length)
+    x = rng.uniform(-1, 1, (batch, length, 3)).astype("float32")
+    y = rng.standard_normal(x.shape).astype("float32")
+    weights = [1.0 + 0.1 * p for p in range(23)]
+    sums = _tiles._moments(
+        ops.convert_to_tensor(x), (None, ops.convert_to_tensor(y)), 23
+    )
+    results = _tiles.finish_moments(sums, weights)
+    powers = x.astype("float64") ** np.arange(23)[:, None, None, None]
+    for result, factor in zip(results, (1, y), strict=True):
+        expected = (powers * factor).sum(2, keepdims=True)
+        expected *= np.reshape(weights, (-1, 1, 1, 1))
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(result), expected, rtol=1e-5, atol=1e-4
+        )
+
+
+def test_evaluate_is_a_polynomial():
+    rng = np.random.default_rng(0)
+    coefficients = rng.standard_normal((9, 2, 1, 3)).astype("float32")
+    x = rng.uniform(-1, 1, (2, 5, 3)).astype("float32")
+    result = _tiles.evaluate(*map(ops.convert_to_tensor, (coefficients, x)))
+    powers = x ** np.arange(9)[:, None, None, None]
+    expected = (coefficients * powers).sum(0)
+    np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 1000, None])
+@pytest.mark.parametrize("length", [1, 15, 64, 65, 512, 513, 4096])
+def test_plan_covers_every_token(length, batch):
+    rows, count = _tiles.plan(batch, length)
+    assert rows % _tiles.GROUP == 0
+    assert length <= rows * count < length + rows + count * _tiles.GROUP
+    assert rows <= max(_tiles.GROUP, _tiles.ROWS // (batch or 4))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("jit", [None, True])
+def test_lengths_not_known_when_traced(jit):
+    if BACKEND != "tensorflow":
+        pytest.skip("shapes are known on the other backends")
+    import tensorflow as tf
+
+    rng = np.random.default_rng(1)
+    shapes = [(2, 90, 2), (2, 70, 2), (2, 70, 2), (2, 90, 2)]
+    arrays = [rng.standard_normal(s).astype("float32") for s in shapes]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 2))] * 4, jit_compile=jit)
+    def run(query, key, value, upstream):
+        tensors = query, key, value
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            output = vector_attention(*tensors)
+        return output, *tape.gradient(output, tensors, upstream)
+
+    results = [x.numpy() for x in run(*arrays)]
+    assert max(relative_errors(results, reference(*arrays))) < 1e-5
