@@ -87,6 +87,25 @@ def test_student_comes_nearer(models, train):
     assert moved == expected
 
 
+def test_student_answers_as_the_teacher_does_on_new_images(models):
+    teacher, _, _ = models
+    images, new = random_like((512, 16, 16, 1), 1), random_like((128, 16, 16, 1), 2)
+    labels = teacher.predict(images, verbose=0).argmax(1)
+    student = insert(teacher)
+    distill_token_learner(
+        student,
+        teacher,
+        Batches(images, labels),
+        epochs=10,
+        label_weight=0.0,
+        learning_rate=1e-2,
+        verbose=0,
+    )
+    # A student that gave every image the same answer could not get below this.
+    spread = float(np.mean(teacher.predict(new, verbose=0).var(0)))
+    assert distance(student, teacher, new) < 0.2 * spread, "only the mean was learned"
+
+
 def losses_of(models, **arguments):
     teacher, images, labels = models
     student = insert(teacher)
