@@ -2,6 +2,8 @@
 
 Run by test_checkpointing.py in a process of its own. TensorFlow is imported once; the
 children are forks made before it starts, so that each begins within a moment.
+
+    checkpointing_run.py FOLDER KILLS SEED [DEVICES]
 """
 
 import json
@@ -21,30 +23,52 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tokenlearner_keras.training import train
+from tokenlearner_keras.training import distributed, get_strategy, train
 
 EPOCHS = 6
 STEPS = 40
+DEVICES = int(sys.argv[4]) if len(sys.argv) > 4 else 1
 
 
 def run(folder, output):
     """The whole program of a user: it does not know whether it was killed before."""
+    if DEVICES == 1:
+        strategy = get_strategy("cpu", verbose=False)
+    else:
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES
+        )
+        tf.config.threading.set_inter_op_parallelism_threads(16)
+        names = [f"CPU:{index}" for index in range(DEVICES)]
+        strategy = get_strategy("mirrored", devices=names, verbose=False)
+    with strategy.scope():
+        model = make_model()
+    train_model(model, folder, output)
+
+
+def make_model():
     keras.utils.set_random_seed(0)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((STEPS * 8, 6)).astype("float32")
-    y = rng.integers(0, 3, STEPS * 8)
     inputs = keras.Input((6,))
     hidden = keras.layers.Dense(16, activation="tanh")(inputs)
     hidden = keras.layers.BatchNormalization()(hidden)
     hidden = keras.layers.Dropout(0.3)(hidden)
-    model = keras.Model(inputs, keras.layers.Dense(3)(hidden))
+    model = distributed(keras.Model(inputs, keras.layers.Dense(3)(hidden)))
     model.compile(
         keras.optimizers.AdamW(
             keras.optimizers.schedules.CosineDecay(1e-2, EPOCHS * STEPS), use_ema=True
         ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        jit_compile="auto" if DEVICES == 1 else True,
     )
+    return model
+
+
+def train_model(model, folder, output):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((STEPS * 8, 6)).astype("float32")
+    y = rng.integers(0, 3, STEPS * 8)
 
     def make_dataset(epoch):
         data = tf.data.Dataset.from_tensor_slices((x, y))
@@ -55,7 +79,7 @@ def run(folder, output):
         # Room for the kills, and a record of how far each child came.
         on_train_batch_end=lambda batch, logs: (
             time.sleep(0.002),
-            log.write(f"{os.getpid()} {int(model.optimizer.iterations)}\n"),
+            log.write(f"{os.getpid()} {model.optimizer.iterations.numpy()}\n"),
             log.flush(),
         )
     )

@@ -261,8 +261,9 @@ def test_misuse(tmp_path):
         train(make_model(), lambda e: make_dataset(e).repeat(), 1, tmp_path)
 
 
-def kill_and_compare(tmp_path, kills, seed):
-    command = [sys.executable, str(RUN), str(tmp_path), str(kills), str(seed)]
+def kill_and_compare(tmp_path, kills, seed, devices=1):
+    numbers = [str(number) for number in (kills, seed, devices)]
+    command = [sys.executable, str(RUN), str(tmp_path), *numbers]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
@@ -270,7 +271,19 @@ def kill_and_compare(tmp_path, kills, seed):
     whole = json.loads((tmp_path / "whole.json").read_text())
     killed = json.loads((tmp_path / "killed.json").read_text())
     assert len(whole["history"]["loss"]) == len(whole["epoch"]) == 6
-    assert killed == whole  # bitwise: JSON holds every digit of a float
+    if devices == 1:
+        assert killed == whole  # bitwise: JSON holds every digit of a float
+        return report
+    for name, values in whole["history"].items():
+        np.testing.assert_allclose(
+            killed["history"][name], values, rtol=1e-5, err_msg=name
+        )
+    for one, other in zip(killed["weights"], whole["weights"], strict=True):
+        np.testing.assert_allclose(
+            *(np.frombuffer(bytes.fromhex(w), "float32") for w in (one, other)),
+            rtol=1e-5,
+            atol=1e-6,
+        )
     return report
 
 
@@ -281,6 +294,12 @@ def test_kill_minus_9(tmp_path):
 @pytest.mark.slow
 def test_20_random_kills(tmp_path):
     assert len(kill_and_compare(tmp_path, kills=20, seed=1)["killed"]) == 20
+
+
+@pytest.mark.slow
+def test_kills_on_two_devices(tmp_path):
+    report = kill_and_compare(tmp_path, kills=3, seed=2, devices=2)
+    assert len(report["killed"]) == 3
 
 
 def test_no_warnings_in_a_good_run(tmp_path):
