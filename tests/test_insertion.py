@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -312,7 +313,9 @@ def test_insert_as_regions(location):
         pairs = zip(maps, region_maps(4, 4, 6))
         return [np.corrcoef(m.ravel(), r.ravel())[0, 1] for m, r in pairs]
 
-    new = tlk.insert_token_learner(model, regions_from=fitted_on, **arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The structure of `inputs`")
+        new = tlk.insert_token_learner(model, regions_from=fitted_on, **arguments)
     assert min(correlations(new)) > 0.85, "the maps are not the regions"
     random = tlk.insert_token_learner(model, **arguments)
     assert min(correlations(random)) < 0.5, "the test tells nothing"

@@ -189,7 +189,10 @@ def insert_token_learner(
             f"{place}: {error}\n{chain.describe()}"
         ) from error
     if regions_from is not None:
-        part = keras.Model(new_model.inputs, new_model.get_layer(name).input)
+        # A list of one input, given one array, makes Keras warn.
+        inputs = new_model.inputs
+        inputs = inputs[0] if len(inputs) == 1 else inputs
+        part = keras.Model(inputs, new_model.get_layer(name).input)
         features = [
             ops.convert_to_numpy(ops.cast(part(batch, training=False), "float32"))
             for batch in np.array_split(regions_from, -(-len(regions_from) // 64))
