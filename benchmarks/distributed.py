@@ -6,13 +6,16 @@
 Each model trains on one GPU with Keras's own `fit`, and on all GPUs under
 `MirroredStrategy` with `tlk.training.distributed`, in turns in one process. Images are
 synthetic: what is timed is the training step, not the reading of data. Before that, the
-losses of the first steps are compared on the same global batch.
+losses of the first steps are compared on the same global batch. With the environment
+variable `KERAS_BACKEND=jax`, under `keras.distribution.DataParallel`.
 
 `--virtual-cpus 2` tries the script without a GPU.
 """
 
 import argparse
+import contextlib
 import gc
+import os
 import statistics
 import time
 
@@ -35,6 +38,38 @@ def build(arguments):
     return tlk.models.vit(config, input_shape=(32, 32, 3), num_tokens=2, num_classes=10)
 
 
+def is_jax():
+    import keras
+
+    return keras.backend.backend() == "jax"
+
+
+@contextlib.contextmanager
+def scope(strategy):
+    import keras
+
+    if is_jax():
+        # Stays set: `fit` asks for it as well.
+        keras.distribution.set_distribution(strategy)
+        yield
+    else:
+        with strategy.scope():
+            yield
+
+
+def exact_products(is_exact):
+    """Turns TF32 off, so that float32 means float32 in the comparison of losses."""
+    if is_jax():
+        import jax
+
+        precision = "highest" if is_exact else None
+        jax.config.update("jax_default_matmul_precision", precision)
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(not is_exact)
+
+
 def make_model(arguments, strategy, precision):
     """The same model, from the same seed, inside the scope of `strategy`."""
     import keras
@@ -44,7 +79,7 @@ def make_model(arguments, strategy, precision):
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
-    with strategy.scope():
+    with scope(strategy):
         # Bytes, as a data set has them: a quarter of what is copied to the device.
         network = build(arguments)
         inputs = keras.Input(network.input_shape[1:], dtype="uint8")
@@ -121,6 +156,7 @@ class Timer:
     """`model.fit` for some steps, timed after those in which it compiles and fills."""
 
     def __init__(self, arguments, strategy, precision, num_devices):
+        self.strategy = strategy
         self.model = make_model(arguments, strategy, precision)
         self.batch_size = arguments.batch_size * num_devices
         self.dataset = make_dataset(make_batches(self.model, self.batch_size, 2))
@@ -143,44 +179,68 @@ class Timer:
                         rate.append(now - start[0])
                     start[0] = now
 
-        self.model.fit(
-            self.dataset,
-            steps_per_epoch=last + 1,
-            epochs=1,
-            shuffle=False,
-            verbose=0,
-            callbacks=[Clock()],
-        )
+        with scope(self.strategy):
+            self.model.fit(
+                self.dataset,
+                steps_per_epoch=last + 1,
+                epochs=1,
+                shuffle=False,
+                verbose=0,
+                callbacks=[Clock()],
+            )
         return steps * self.spe * self.batch_size / rate[0]
 
 
-def run(arguments):
+def find_devices(arguments):
     import keras
     import tensorflow as tf
 
-    if arguments.virtual_cpus:
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * arguments.virtual_cpus
-        )
-        devices = [f"CPU:{index}" for index in range(arguments.virtual_cpus)]
-    else:
+    if is_jax():
+        tf.config.set_visible_devices([], "GPU")  # reads the data only
+        return keras.distribution.list_devices()
+    if not arguments.virtual_cpus:
         gpus = tf.config.list_physical_devices("GPU")
-        devices = [f"GPU:{index}" for index in range(len(gpus))]
-    arguments.num_devices = len(devices)
-    if len(devices) < 2:
-        raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
-    strategies = {
+        return [f"GPU:{index}" for index in range(len(gpus))]
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * arguments.virtual_cpus
+    )
+    return [f"CPU:{index}" for index in range(arguments.virtual_cpus)]
+
+
+def make_strategies(devices):
+    """By the number of devices: one of them, and all."""
+    import keras
+    import tensorflow as tf
+
+    if is_jax():
+        parallel = keras.distribution.DataParallel
+        return {n: parallel(devices=devices[:n]) for n in (1, len(devices))}
+    return {
         1: tf.distribute.OneDeviceStrategy(devices[0]),
         len(devices): tf.distribute.MirroredStrategy(devices),
     }
+
+
+def run(arguments):
+    if arguments.virtual_cpus:
+        os.environ["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={arguments.virtual_cpus}"
+        )
+    import keras
+
+    devices = find_devices(arguments)
+    arguments.num_devices = len(devices)
+    if len(devices) < 2:
+        raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
+    strategies = make_strategies(devices)
+    backend = keras.backend.backend()
     rows, data = [], {"arguments": vars(arguments)}
     for precision in arguments.precisions:
         log(f"{precision}: losses of the first steps")
-        # Exact products, so that float32 means float32 in the comparison of losses.
-        tf.config.experimental.enable_tensor_float_32_execution(False)
+        exact_products(True)
         layers = make_model(arguments, strategies[1], precision)._flatten_layers()
-        duplicate = any(
+        duplicate = not is_jax() and any(
             isinstance(layer, keras.layers.BatchNormalization) for layer in layers
         )
         losses = {
@@ -190,7 +250,7 @@ def run(arguments):
         one, many = (np.array(losses[n]) for n in strategies)
         difference = float(np.max(np.abs(many - one) / np.abs(one)))
         log(f"{precision}: relative difference of losses {difference:.2g}")
-        tf.config.experimental.enable_tensor_float_32_execution(True)
+        exact_products(False)
 
         timers = {
             n: Timer(arguments, strategy, precision, n)
@@ -228,8 +288,10 @@ def run(arguments):
         gc.collect()
         # After each precision: a run that is cut off leaves what it has.
         write_results(
-            arguments.output or f"distributed_{arguments.model}",
-            f"Training on one and on {len(devices)} devices: {arguments.model}",
+            arguments.output
+            or f"distributed_{arguments.model}" + ("_jax" if is_jax() else ""),
+            f"Training on one and on {len(devices)} devices: {arguments.model}, "
+            f"{backend}",
             rows,
             notes=(
                 "`model.fit` with XLA, AdamW, "
