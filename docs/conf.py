@@ -27,3 +27,22 @@ napoleon_custom_sections = [
     ("Call arguments", "params_style"),
     ("Output", "returns_style"),
 ]
+
+
+def convert_code_blocks(app, what, name, obj, options, lines):
+    """Docstrings have Markdown's fences around code, as Keras's do."""
+    converted, inside = [], False
+    for line in lines:
+        if line.strip().startswith("```"):
+            inside = not inside
+            indent = line[: len(line) - len(line.lstrip())]
+            if inside:
+                converted += [f"{indent}.. code-block:: python", ""]
+        else:
+            converted.append(f"    {line}" if inside else line)
+    lines[:] = converted
+
+
+def setup(app):
+    """Connects the conversion, before napoleon's (500)."""
+    app.connect("autodoc-process-docstring", convert_code_blocks, priority=400)

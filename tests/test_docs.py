@@ -21,7 +21,9 @@ ROOMS = [tlk, *(room for _, room in inspect.getmembers(tlk, inspect.ismodule))]
 def test_the_reference_has_every_public_name(room):
     text = (DOCS / "api.md").read_text(encoding="utf-8")
     section = text.split(f".. currentmodule:: {room.__name__}\n")[1].split("```")[0]
-    documented = re.findall(r"^\.\. auto\w+:: (\w+)$", section, re.MULTILINE)
+    documented = re.findall(
+        r"^\.\. (?:auto\w+|py:data):: (\w+)$", section, re.MULTILINE
+    )
     public = {
         name
         for name in room.__all__

@@ -131,6 +131,7 @@ def test_batches_keep_labels_and_can_be_repeated(example):
     assert not np.array_equal(again, np.concatenate([y for _, y in first]))
 
 
+@pytest.mark.slow
 @pytest.mark.backends
 def test_whole_run(example, data_dir, tmp_path, capsys):
     output = tmp_path / "out"

@@ -50,7 +50,9 @@ def values(layer):
     return [np.array(ops.convert_to_numpy(w)) for w in layer.weights]
 
 
-@pytest.mark.parametrize("train", ["all", "after", "token_learner"])
+@pytest.mark.parametrize(
+    "train", [pytest.param("all", marks=pytest.mark.slow), "after", "token_learner"]
+)
 def test_student_comes_nearer(models, train):
     teacher, images, labels = models
     student = insert(teacher)
@@ -87,6 +89,7 @@ def test_student_comes_nearer(models, train):
     assert moved == expected
 
 
+@pytest.mark.slow
 def test_student_answers_as_the_teacher_does_on_new_images(models):
     teacher, _, _ = models
     images, new = random_like((512, 16, 16, 1), 1), random_like((128, 16, 16, 1), 2)

@@ -80,6 +80,7 @@ def test_loss_scaling(results):
     assert_equal(results, "float16", 2, tolerance=2e-3)
 
 
+@pytest.mark.slow
 def test_batch_normalization(state_results):
     assert_equal(state_results, "norm", 2)
 

@@ -112,6 +112,7 @@ def test_layer_wise_freezing():
     assert not trained & set(frozen)
 
 
+@pytest.mark.slow
 def test_lora(tmp_path):
     source = vit(random=True)
     model = tlk.insert_token_learner(source, 0.5, 4, token_learner="v11")

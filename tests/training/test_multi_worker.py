@@ -81,6 +81,7 @@ def alone(tmp_path_factory):
     return results[0]
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_process(alone, tmp_path):
     logs, results = finish(tmp_path, start(tmp_path, workers=2))
     assert "worker 1 of 2 workers, 2 replicas" in logs[1]

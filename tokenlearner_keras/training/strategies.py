@@ -26,14 +26,14 @@ def get_strategy(
     Both have a `scope()`: make and compile the model inside of it. On TensorFlow, pass
     the model through `tokenlearner_keras.training.distributed` as well.
 
-    | `name`           | devices |
-    |------------------|---------|
-    | `"cpu"`          | the first CPU |
-    | `"one_device"`   | the first GPU, else the first CPU (on JAX: the first device) |
-    | `"mirrored"`     | all GPUs of this machine, or `devices` |
-    | `"multi_worker"` | all GPUs (else the CPU) of each machine in `TF_CONFIG`; on JAX all devices of all processes, see `keras.distribution.initialize` |
-    | `"tpu"`          | the TPU called `tpu`, or the one of this machine |
-    | `"auto"`         | the first that is there of: several workers in `TF_CONFIG` (on JAX `KERAS_DISTRIBUTION_JOB_ADDRESSES`), a TPU, several GPUs, one GPU, the CPU |
+    - `"cpu"`: the first CPU.
+    - `"one_device"`: the first GPU, else the first CPU (on JAX the first device).
+    - `"mirrored"`: all GPUs of this machine, or `devices`.
+    - `"multi_worker"`: all GPUs (else the CPU) of each machine in `TF_CONFIG`; on JAX
+      all devices of all processes, see `keras.distribution.initialize`.
+    - `"tpu"`: the TPU called `tpu`, or the one of this machine.
+    - `"auto"`: the first that is there of: several workers in `TF_CONFIG` (on JAX
+      `KERAS_DISTRIBUTION_JOB_ADDRESSES`), a TPU, several GPUs, one GPU, the CPU.
 
     Call it before any other use of the devices: several workers and TPUs can only be
     connected to a fresh runtime.
@@ -54,7 +54,7 @@ def get_strategy(
     Raises:
         ValueError: if the devices that were asked for are not there, if `TF_CONFIG` is
             not valid, or on a backend that cannot distribute.
-    """  # noqa: E501
+    """
     check_choice("name", name, STRATEGIES)
     if devices is not None and name != "mirrored":
         raise ValueError(
