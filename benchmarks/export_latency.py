@@ -3,7 +3,7 @@
 Runtime by runtime, both models run in one process on the same threads, call by call in
 turns:
 
-    python benchmarks/export_latency.py --folder /tmp/exports --threads 2
+    python benchmarks/export_latency.py --folder exports --threads 2
 
 The exports are kept in the folder, so that a second run only measures. `--runtimes`
 measures some of the runtimes; the table is written once the folder has figures of all.
