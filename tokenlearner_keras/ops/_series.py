@@ -230,11 +230,11 @@ def gradients(query, shifted_key, value, residuals, output, upstream, half, size
         return _tiles.backward(
             query, shifted_key, value, residuals, output, upstream, half, size
         )
-    m0, m1 = (
-        residuals
-        if not size[3]
-        else (list(residuals[: size[0] + 1]), list(residuals[size[0] + 1 :]))
-    )
+    if size[3]:
+        middle = len(residuals) // 2
+        m0, m1 = list(residuals[:middle]), list(residuals[middle:])
+    else:
+        m0, m1 = residuals
     return backward(query, shifted_key, value, m0, m1, output, upstream, half, size)
 
 
