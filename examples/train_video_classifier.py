@@ -24,6 +24,7 @@ import gzip
 import json
 import os
 import shutil
+import textwrap
 import time
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--size", type=int, default=32, help="height and width")
     parser.add_argument("--tokens", type=int, default=3, help="tokens of a frame")
     parser.add_argument(
-        "--clips", type=int, default=2400, help="clips made for training"
+        "--clips", type=int, default=1600, help="clips made for training"
     )
     parser.add_argument(
         "--test-clips", type=int, default=500, help="clips made for the evaluation"
@@ -250,11 +251,7 @@ class Clock(keras.callbacks.Callback):
             self.steps += 1
 
 
-def train_and_evaluate(module, seed, data, arguments):
-    train, test, names, epoch_steps = data
-    keras.utils.set_random_seed(seed)
-    model = build_model(module, arguments, len(names))
-    steps = arguments.epochs * epoch_steps
+def compile_model(model, steps, arguments):
     warmup = max(1, min(50, steps // 5))
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
@@ -266,11 +263,26 @@ def train_and_evaluate(module, seed, data, arguments):
         keras.optimizers.AdamW(schedule, weight_decay=1e-4, global_clipnorm=1.0),
         keras.losses.BinaryCrossentropy(from_logits=True),
     )
+
+
+def restart(model, fresh):
+    """Gives a trained model the weights of a new one, and its optimizer a new start.
+
+    The new model itself would have to be compiled once more for every seed.
+    """
+    for variable, start in zip(model.variables, fresh.variables, strict=True):
+        variable.assign(start)
+    for variable in model.optimizer.variables:  # AdamW's all start at zero
+        variable.assign(keras.ops.zeros_like(variable))
+
+
+def train_and_evaluate(model, data, arguments):
+    train, test, names, _ = data
     clock = Clock()
     model.fit(train, epochs=arguments.epochs, verbose=0, callbacks=[clock])
     report = evaluate_videos(model, test, names)
     speed = clock.steps * arguments.batch_size / max(clock.seconds, 1e-9)
-    return model, report, speed
+    return report, speed
 
 
 # --- What is printed and written ---
@@ -314,7 +326,11 @@ def write_outputs(model, rows, data, arguments):
     maps = attention_maps(model, clips)
     frames = np.linspace(0, arguments.frames - 1, 8).astype(int)
     titles = [
-        "\n".join(name for name, on in zip(data[2], label, strict=True) if on)
+        "\n".join(
+            textwrap.fill(name, 16)
+            for name, on in zip(data[2], label, strict=True)
+            if on
+        )
         for label in np.asarray(batch["labels"])[:2]
     ]
     # Four of the tokens, as figure 8.
@@ -335,7 +351,14 @@ def main(argv=None):
         scores, speeds = [], []
         for seed in range(arguments.seeds):
             start = time.perf_counter()
-            model, report, speed = train_and_evaluate(module, seed, data, arguments)
+            keras.utils.set_random_seed(seed)
+            fresh = build_model(module, arguments, len(data[2]))
+            if seed == 0:
+                model = fresh
+                compile_model(model, arguments.epochs * data[3], arguments)
+            else:
+                restart(model, fresh)
+            report, speed = train_and_evaluate(model, data, arguments)
             scores.append(report.mean())
             speeds.append(speed)
             print(
