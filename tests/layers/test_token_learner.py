@@ -4,14 +4,16 @@ import pytest
 from keras import ops
 
 from tests.contract import (
+    BACKEND,
     assert_close,
     functional_model,
+    gradients,
     random_like,
     randomize_weights,
     run_layer_contract,
     to_numpy,
 )
-from tokenlearner_keras.layers import TokenLearner
+from tokenlearner_keras.layers import TokenLearner, token_learner
 
 VARIANTS = ["v1", "video", "v10", "v11"]
 
@@ -339,6 +341,68 @@ def test_weighted_copies_of_the_input_are_never_stored(variant):
         return product, tf.reduce_mean(product, (1, 2))
 
     assert largest_buffer(stored, x) >= limit
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape", "arguments"),
+    [
+        ("v1", (2, 6, 5, 24), {}),
+        ("v1", (2, 6, 5, 24), {"kernel_size": 2, "use_bias": True}),
+        ("v10", (2, 5, 6, 52), {"kernel_size": 5}),
+        ("video", (2, 3, 4, 3, 20), {"kernel_size": 1}),
+    ],
+)
+def test_taps_equal_the_convolution(variant, shape, arguments, monkeypatch):
+    layer = make(variant, 2, shape, **arguments)
+    model = functional_model(layer, shape)
+    x = random_like(shape)
+    mask = random_like(shape[:-1], 1) > -0.5
+    expected = [model(x), layer(x, mask=mask), *gradients(model, x).values()]
+    assert shape[-1] in seen_channels(layer, monkeypatch, model, x)
+
+    monkeypatch.setattr(token_learner, "compiled_for_cpu", lambda: True)
+    assert shape[-1] not in seen_channels(layer, monkeypatch, model, x)
+    actual = [model(x), layer(x, mask=mask), *gradients(model, x).values()]
+    assert_close(actual, expected, 5e-6)
+
+
+def seen_channels(layer, monkeypatch, model, x):
+    """Channels of what the layer's own convolutions are called with."""
+    seen = []
+    with monkeypatch.context() as patch:
+        for convolution in layer.attention_layers:
+            call = convolution.call
+            patch.setattr(
+                convolution,
+                "call",
+                lambda x, call=call: seen.append(x.shape[-1]) or call(x),
+            )
+        model(x)
+    return seen
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA of TensorFlow")
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_for_cpu_equals_eager(variant, dtype):
+    import tensorflow as tf
+
+    from tests.hlo import constant, forward_and_backward
+
+    layer = make(variant, 2, (2, 6, 5, 24), dtype=dtype)
+    x = constant((2, 6, 5, 24))
+    function = forward_and_backward(layer, x)
+    compiled = tf.function(function, jit_compile=True)
+    rtol = 1e-5 if dtype == "float32" else 5e-2
+    names = ["tokens", "inputs", *(v.path for v in layer.trainable_variables)]
+    for name, actual, expected in zip(
+        names,
+        tf.nest.flatten(compiled(x)),
+        tf.nest.flatten(function(x)),
+        strict=True,
+    ):
+        if not name.endswith("dense_1/bias"):  # Zero: a softmax ignores it.
+            assert_close(actual, expected, rtol, name)
 
 
 @pytest.mark.parametrize(

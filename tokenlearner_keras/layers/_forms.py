@@ -35,3 +35,25 @@ def on_gpu() -> bool:
 
         return bool(tf.config.list_logical_devices("GPU"))
     return False
+
+
+def compiled_for_cpu() -> bool:
+    """Returns whether TensorFlow traces a program that XLA compiles for a CPU.
+
+    Not on JAX: it traces for a device that it may not know yet.
+    """
+    if keras.backend.backend() != "tensorflow" or is_literal():
+        return False
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    # Keras and TensorFlow's own optimizers ask it, and there is no public way to.
+    return (
+        not tf.executing_eagerly()
+        and control_flow_util.GraphOrParentsInXlaContext(
+            tf.compat.v1.get_default_graph()
+        )
+        and all(
+            device.device_type == "CPU" for device in tf.config.list_logical_devices()
+        )
+    )

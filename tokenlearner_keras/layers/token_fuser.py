@@ -8,6 +8,7 @@ from tokenlearner_keras.layers._checks import (
     check_rate,
 )
 from tokenlearner_keras.layers._initializers import clone_initializer
+from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
 
 MODES = ("broadcast", "attention")
@@ -114,7 +115,7 @@ class TokenFuser(keras.layers.Layer):
             frame_shape = (None, tokens_per_frame, channels)
             if self.use_norm:
                 self.mix_norms = [
-                    keras.layers.LayerNormalization(
+                    LayerNormalization(
                         epsilon=1e-6, name=f"mix_norm_{index}", dtype=self.dtype_policy
                     )
                     for index in range(2)
@@ -129,7 +130,7 @@ class TokenFuser(keras.layers.Layer):
                 **common,
             )
             self.mix_dense.build((None, channels, tokens_per_frame))
-            self.inputs_norm = keras.layers.LayerNormalization(
+            self.inputs_norm = LayerNormalization(
                 epsilon=1e-6, name="inputs_norm", dtype=self.dtype_policy
             )
             self.inputs_norm.build((None, None, channels))

@@ -9,8 +9,9 @@ from tokenlearner_keras.layers._checks import (
     check_rate,
     resolve_grid,
 )
-from tokenlearner_keras.layers._forms import is_literal
+from tokenlearner_keras.layers._forms import compiled_for_cpu, is_literal
 from tokenlearner_keras.layers._initializers import clone_initializer
+from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
 
 ATTENTIONS = ("conv", "mlp")
@@ -168,7 +169,7 @@ class TokenLearner(keras.layers.Layer):
         self._check_input_shape(input_shape)
         channels = input_shape[-1]
         if self.use_norm:
-            self.norm = keras.layers.LayerNormalization(
+            self.norm = LayerNormalization(
                 epsilon=1e-6, name="norm", dtype=self.dtype_policy
             )
             self.norm.build(input_shape)
@@ -344,7 +345,7 @@ class TokenLearner(keras.layers.Layer):
             if mask is not None:
                 # A convolution would carry what stands in masked positions to others.
                 x = ops.where(mask, x, ops.zeros_like(x))
-            x = layer(ops.reshape(x, (-1, height, width, x.shape[-1])))
+            x = _convolve(layer, ops.reshape(x, (-1, height, width, x.shape[-1])))
             x = ops.reshape(x, (-1, height * width, self.num_tokens))
         return self.dropout_layer(x, training=training)
 
@@ -389,3 +390,34 @@ class TokenLearner(keras.layers.Layer):
                 f"number of positions. Received: num_tokens={self.num_tokens} for "
                 f"{height} x {width} = {height * width} positions"
             )
+
+
+def _convolve(layer, x):
+    """Applies a convolution of many channels to few tokens.
+
+    XLA copies the input in another order for the kernel's gradient on a CPU. There, a
+    matrix product gives what each tap of the kernel adds, and shifts of these few
+    channels are summed.
+    """
+    channels, size, filters = x.shape[-1], layer.kernel_size[0], layer.filters
+    if not compiled_for_cpu() or channels < size * size * filters:
+        return layer(x)
+    dtype = x.dtype
+    kernel = ops.reshape(
+        ops.transpose(ops.cast(layer.kernel, dtype), (2, 0, 1, 3)), (channels, -1)
+    )
+    _, height, width, _ = ops.shape(x)
+    before = (size - 1) // 2
+    border = (before, size - 1 - before)
+    taps = ops.pad(ops.matmul(x, kernel), ((0, 0), border, border, (0, 0)))
+    total = sum(
+        taps[
+            :,
+            row : row + height,
+            column : column + width,
+            (row * size + column) * filters : (row * size + column + 1) * filters,
+        ]
+        for row in range(size)
+        for column in range(size)
+    )
+    return total + ops.cast(layer.bias, dtype) if layer.use_bias else total

@@ -6,6 +6,7 @@ from tokenlearner_keras.layers._checks import (
     check_rate,
 )
 from tokenlearner_keras.layers._initializers import SquareInitializer, clone_initializer
+from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
 from tokenlearner_keras.layers.stochastic_depth import StochasticDepth
 
@@ -86,7 +87,7 @@ class TransformerBlock(keras.layers.Layer):
             "bias_regularizer": self.bias_regularizer,
             "dtype": self.dtype_policy,
         }
-        self.attention_norm = keras.layers.LayerNormalization(
+        self.attention_norm = LayerNormalization(
             epsilon=1e-6, name="attention_norm", dtype=self.dtype_policy
         )
         self.attention_norm.build(input_shape)
@@ -102,7 +103,7 @@ class TransformerBlock(keras.layers.Layer):
             **common,
         )
         self.attention.build(input_shape, input_shape)
-        self.mlp_norm = keras.layers.LayerNormalization(
+        self.mlp_norm = LayerNormalization(
             epsilon=1e-6, name="mlp_norm", dtype=self.dtype_policy
         )
         self.mlp_norm.build(input_shape)

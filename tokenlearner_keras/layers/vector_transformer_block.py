@@ -2,6 +2,7 @@ import keras
 
 from tokenlearner_keras.layers._checks import check_positive_int, check_rate
 from tokenlearner_keras.layers._initializers import clone_initializer
+from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
 from tokenlearner_keras.layers.stochastic_depth import StochasticDepth
 from tokenlearner_keras.layers.vector_attention import VectorAttention
@@ -78,9 +79,7 @@ class VectorTransformerBlock(keras.layers.Layer):
         self.seed = seed
         self.supports_masking = True
         self.attention_norm, self.mlp_norm = (
-            keras.layers.LayerNormalization(
-                epsilon=1e-6, name=name, dtype=self.dtype_policy
-            )
+            LayerNormalization(epsilon=1e-6, name=name, dtype=self.dtype_policy)
             for name in ("attention_norm", "mlp_norm")
         )
         self.attention = VectorAttention(

@@ -18,6 +18,7 @@ from tokenlearner_keras.layers._checks import (
     check_positive_int,
     check_rate,
 )
+from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.models.vit_config import ViTConfig
 
 CLASSIFIERS = ("gap", "token", None)
@@ -168,9 +169,7 @@ def encode(x, grid_shape, arguments: EncoderArguments):
             x = _join(class_token, x)
             for block in blocks[arguments.location :]:
                 x = block(x)
-    return keras.layers.LayerNormalization(
-        epsilon=1e-6, name="encoder_norm", dtype=dtype
-    )(x)
+    return LayerNormalization(epsilon=1e-6, name="encoder_norm", dtype=dtype)(x)
 
 
 def classify(x, arguments: EncoderArguments):
