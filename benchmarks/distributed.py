@@ -9,15 +9,24 @@ synthetic: what is timed is the training step, not the reading of data. Before t
 losses of the first steps are compared on the same global batch. With the environment
 variable `KERAS_BACKEND=jax`, under `keras.distribution.DataParallel`.
 
-`--virtual-cpus 2` tries the script without a GPU.
+`--virtual-cpus 2` tries the script without a GPU. Compiling takes minutes; several such
+commands, each with its own `--precisions` and `--output`, may compile side by side
+and still be timed alone:
+
+    for precision in mixed_bfloat16 float32; do
+        python benchmarks/distributed.py vit --precisions $precision \
+            --output distributed_vit_$precision --meet /tmp/meeting 2 &
+    done; wait
 """
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import os
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 from common import write_results
@@ -262,10 +271,11 @@ def run(arguments):
             timer.images_per_second(1, arguments.warmup)
             seconds = time.perf_counter() - start
             log(f"{precision}: {n} device(s), ready in {seconds:.0f} s")
-        for _ in range(arguments.repeats):
-            for n, timer in timers.items():
-                rates[n].append(timer.images_per_second(arguments.steps, 1))
-                log(f"{precision}: {n} device(s), {rates[n][-1]:.1f} examples/s")
+        with turn(arguments, precision):
+            for _ in range(arguments.repeats):
+                for n, timer in timers.items():
+                    rates[n].append(timer.images_per_second(arguments.steps, 1))
+                    log(f"{precision}: {n} device(s), {rates[n][-1]:.1f} examples/s")
         medians = {n: statistics.median(values) for n, values in rates.items()}
         for n in strategies:
             rows.append(
@@ -305,6 +315,24 @@ def run(arguments):
         )
 
 
+@contextlib.contextmanager
+def turn(arguments, precision):
+    """Waits until the other processes have compiled, and until none is timed."""
+    if not arguments.meet:
+        yield
+        return
+    folder, count = Path(arguments.meet[0]), int(arguments.meet[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{arguments.model}_{precision}").touch()
+    deadline = time.monotonic() + arguments.patience
+    # One that failed must not hold up the others for ever.
+    while len(list(folder.glob("*_*"))) < count and time.monotonic() < deadline:
+        time.sleep(0.5)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def log(text):
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
@@ -325,6 +353,15 @@ def parse(args=None):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--virtual-cpus", type=int, default=0)
     parser.add_argument("--output", help="name of the result files")
+    parser.add_argument(
+        "--meet",
+        nargs=2,
+        metavar=("FOLDER", "NUMBER"),
+        help="be timed only when so many processes with this folder have compiled",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=300, help="seconds to wait for the others"
+    )
     arguments = parser.parse_args(args)
     if arguments.batch_size is None:
         arguments.batch_size = {"vit": 256, "video": 4, "toy": 8}[arguments.model]
