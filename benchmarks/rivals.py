@@ -1,14 +1,15 @@
 """Our models and layers beside k3im's and keras-hub's, on the CPU, in one run.
 
     pip install k3im keras-hub
-    python benchmarks/rivals.py [--models] [--layers] [--quick]
+    python benchmarks/rivals.py [--models] [--layers] [--sizes S/16] [--works ...]
 
 Every row lives in a process of its own, which gives its first call and its peak
 memory. The processes then take turns, and speeds are medians. Results are written after
-each kind of work.
+each kind of work, beside what earlier runs on the same machine left in the table.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -21,29 +22,31 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
-from common import median, time_in_turns, write_results
+from common import RESULTS, machine, median, time_in_turns, write_results
 
 import tokenlearner_keras as tlk
 
 SIZES = {"S/16": (384, 6, 1536), "B/16": (768, 12, 3072)}
 LAYER_SIZES = ((14, 14, 384), (24, 24, 768))
 LAYERS = ("k3im", "v1", "v10", "v11")
+MODULES = {
+    "ours": "tokenlearner_keras",
+    "k3im": "k3im.token_learner",
+    "keras-hub": "keras_hub.models",
+}
 
 
 def build_model(package, size, num_tokens):
     dim, heads, mlp_dim = SIZES[size]
+    module = importlib.import_module(MODULES[package])
     if package == "ours":
-        return tlk.models.vit(size, num_tokens=num_tokens)
+        return module.models.vit(size, num_tokens=num_tokens)
     if package == "k3im":
-        from k3im.token_learner import ViTokenLearner
-
-        return ViTokenLearner(
+        return module.ViTokenLearner(
             224, 16, 1000, dim, 12, heads, mlp_dim, num_tokens or 8,
             use_token_learner=num_tokens is not None,
         )  # fmt: skip
-    from keras_hub.models import ViTBackbone
-
-    backbone = ViTBackbone((224, 224, 3), 16, 12, heads, dim, mlp_dim)
+    backbone = module.ViTBackbone((224, 224, 3), 16, 12, heads, dim, mlp_dim)
     features = keras.ops.mean(backbone.output[:, 1:], axis=1)
     return keras.Model(backbone.input, keras.layers.Dense(1000)(features))
 
@@ -85,9 +88,8 @@ WORK = {
 def build_layer(kind, shape, num_tokens=8):
     inputs = keras.Input(shape)
     if kind == "k3im":
-        from k3im.token_learner import TokenLearner
-
-        return keras.Model(inputs, TokenLearner(inputs, num_tokens))
+        module = importlib.import_module(MODULES[kind])
+        return keras.Model(inputs, module.TokenLearner(inputs, num_tokens))
     layer = getattr(tlk.layers.TokenLearner, kind)(num_tokens)
     return keras.Model(inputs, layer(inputs))
 
@@ -117,8 +119,7 @@ class Row:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        report = json.loads(self._answer("{"))
-        self.first_call, self.memory = report["first"], report["memory"]
+        self.report = json.loads(self._answer("{"))
 
     def __call__(self):
         print("step", file=self.process.stdin, flush=True)
@@ -135,20 +136,31 @@ class Row:
         raise RuntimeError(f"{self.process.args} stopped: {self.process.wait()}")
 
 
+def peak_memory():
+    """Returns the most memory that this process has held so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def run_row(kind, *arguments):
     """What a process of `Row` does."""
+    if kind == "model":
+        importlib.import_module(MODULES[arguments[0]])
+    start_memory = peak_memory()
     if kind == "model":
         package, size, num_tokens, work = arguments
         make, batch_size = WORK[work]
         step = make(build_model(package, size, num_tokens), batch_size)
     else:
         step = layer_step(*arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     step()
-    first = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"first": first, "memory": (after - before) / 1024}), flush=True)
+    report = {
+        "seconds": time.perf_counter() - start,
+        "memory": peak_memory() - before,
+        "memory_in_all": peak_memory() - start_memory,
+    }
+    print(json.dumps(report), flush=True)
     for _ in sys.stdin:
         step()
         print("done", flush=True)
@@ -163,31 +175,46 @@ def run_in_turns(specs, repeats):
     return rows, seconds
 
 
+def earlier_rows(name):
+    """Returns the rows of an earlier run with the same machine and versions."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    return results["rows"] if results["machine"] == machine() else []
+
+
 def benchmark_models(sizes, works, repeats, suffix):
-    table = []
+    name = f"rivals_models{suffix}"
+    order = [(model, work) for s in SIZES for work in WORK for model in model_rows(s)]
+    table = {(row["model"], row["work"]): row for row in earlier_rows(name)}
     for size in sizes:
         for work in works:
             batch_size = WORK[work][1]
             specs = {
-                name: ("model", *spec, work) for name, spec in model_rows(size).items()
+                model: ("model", *spec, work)
+                for model, spec in model_rows(size).items()
             }
             rows, seconds = run_in_turns(specs, repeats)
-            for name, row in rows.items():
-                table.append(
-                    {
-                        "model": name,
-                        "work": work,
-                        "images/s": f"{batch_size / median(seconds[name]):.2f}",
-                        "first call, s": f"{row.first_call:.1f}",
-                        "memory of a call, MiB": f"{row.memory:.0f}",
-                    }
-                )
+            for model, row in rows.items():
+                table[model, work] = {
+                    "model": model,
+                    "work": work,
+                    "images/s": f"{batch_size / median(seconds[model]):.2f}",
+                    "first call, s": f"{row.report['seconds']:.1f}",
+                    "memory, MiB": f"{row.report['memory_in_all']:.0f}",
+                    "of it for the call": f"{row.report['memory']:.0f}",
+                    "calls": repeats,
+                }
             write_results(
-                f"rivals_models{suffix}",
+                name,
                 "ViTs at 224, float32, XLA",
-                table,
+                [table[key] for key in order if key in table],
                 notes=[
-                    f"Medians of {repeats} calls in turns.",
+                    "Medians of the calls; the four models of a size take turns.",
+                    "Memory: the most that the process held above what it held "
+                    "before it built the model. For the call: what the first call, "
+                    "which compiles, added to the built model.",
                     "k3im gives every head the whole width (12 heads of 768 for B/16), "
                     "so that its attention has about `heads` times the weights of a "
                     "ViT's.",
@@ -212,7 +239,7 @@ def benchmark_layers(repeats, batch_size=8):
                         "pass": "forward + backward" if backward else "forward",
                         "ms": f"{1e3 * median(seconds[kind]):.1f}",
                         "× k3im": f"{reference / median(seconds[kind]):.2f}",
-                        "memory of a call, MiB": f"{row.memory:.0f}",
+                        "memory of a call, MiB": f"{row.report['memory']:.0f}",
                     }
                 )
     write_results(

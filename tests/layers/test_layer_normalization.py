@@ -4,7 +4,6 @@ import pytest
 from keras import ops
 
 from tests.contract import (
-    BACKEND,
     assert_close,
     functional_model,
     gradients,
@@ -61,6 +60,7 @@ def pair(shape, dtype):
     return models
 
 
+@pytest.mark.backends
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [("float32", 2e-6), ("mixed_bfloat16", 1e-2)]
@@ -105,7 +105,7 @@ def test_config_and_weights_are_keras():
     assert [v.path for v in ours.weights] == [v.path for v in theirs.weights]
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA of TensorFlow")
+@pytest.mark.tensorflow
 def test_products_under_xla_only(monkeypatch):
     import tensorflow as tf
 
@@ -128,7 +128,7 @@ def test_products_under_xla_only(monkeypatch):
     assert_close(compiled, eager, 1e-6)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA of TensorFlow")
+@pytest.mark.tensorflow
 def test_second_derivative():
     import tensorflow as tf
 

@@ -4,7 +4,6 @@ import pytest
 from keras import ops
 
 from tests.contract import (
-    BACKEND,
     assert_close,
     functional_model,
     gradients,
@@ -381,7 +380,7 @@ def seen_channels(layer, monkeypatch, model, x):
     return seen
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA of TensorFlow")
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_for_cpu_equals_eager(variant, dtype):
