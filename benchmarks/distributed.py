@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import fcntl
 import gc
+import itertools
 import os
 import statistics
 import time
@@ -92,7 +93,7 @@ def make_model(arguments, strategy, precision):
         # Bytes, as a data set has them: a quarter of what is copied to the device.
         network = build(arguments)
         inputs = keras.Input(network.input_shape[1:], dtype="uint8")
-        images = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+        images = keras.ops.cast(inputs, keras.config.floatx()) / 127.5 - 1
         model = distributed(keras.Model(inputs, network(images)))
         model.compile(
             keras.optimizers.AdamW(1e-4, weight_decay=0.05),
@@ -112,6 +113,8 @@ def make_batches(model, batch_size, num_batches):
 
 
 def make_dataset(batches):
+    if is_jax():
+        return (batch for batch in itertools.cycle(zip(*batches)))
     import tensorflow as tf
 
     dataset = tf.data.Dataset.from_tensor_slices(batches).cache().repeat()
@@ -201,12 +204,13 @@ class Timer:
 
 
 def find_devices(arguments):
-    import keras
+    if is_jax():
+        # Without TensorFlow in the process: both bring CUDA's libraries.
+        import keras
+
+        return keras.distribution.list_devices()
     import tensorflow as tf
 
-    if is_jax():
-        tf.config.set_visible_devices([], "GPU")  # reads the data only
-        return keras.distribution.list_devices()
     if not arguments.virtual_cpus:
         gpus = tf.config.list_physical_devices("GPU")
         return [f"GPU:{index}" for index in range(len(gpus))]
@@ -219,12 +223,13 @@ def find_devices(arguments):
 
 def make_strategies(devices):
     """By the number of devices: one of them, and all."""
-    import keras
-    import tensorflow as tf
-
     if is_jax():
+        import keras
+
         parallel = keras.distribution.DataParallel
         return {n: parallel(devices=devices[:n]) for n in (1, len(devices))}
+    import tensorflow as tf
+
     return {
         1: tf.distribute.OneDeviceStrategy(devices[0]),
         len(devices): tf.distribute.MirroredStrategy(devices),
