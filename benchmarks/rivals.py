@@ -166,10 +166,10 @@ def run_row(kind, *arguments):
         print("done", flush=True)
 
 
-def run_in_turns(specs, repeats):
+def run_in_turns(specs, repeats, warmup):
     """Returns rows by name, and the seconds of their calls by name."""
     rows = {name: Row(*spec) for name, spec in specs.items()}
-    seconds = time_in_turns(rows, repeats, warmup=1)
+    seconds = time_in_turns(rows, repeats, warmup)
     for row in rows.values():
         row.close()
     return rows, seconds
@@ -195,7 +195,8 @@ def benchmark_models(sizes, works, repeats, suffix):
                 model: ("model", *spec, work)
                 for model, spec in model_rows(size).items()
             }
-            rows, seconds = run_in_turns(specs, repeats)
+            # A call takes seconds to half a minute; the first one has come before.
+            rows, seconds = run_in_turns(specs, repeats, warmup=0)
             for model, row in rows.items():
                 table[model, work] = {
                     "model": model,
@@ -229,7 +230,7 @@ def benchmark_layers(repeats, batch_size=8):
     for shape in LAYER_SIZES:
         for backward in (False, True):
             specs = {k: ("layer", k, shape, batch_size, backward) for k in LAYERS}
-            rows, seconds = run_in_turns(specs, repeats)
+            rows, seconds = run_in_turns(specs, repeats, warmup=1)
             reference = median(seconds["k3im"])
             for kind, row in rows.items():
                 table.append(

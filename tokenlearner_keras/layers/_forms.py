@@ -47,7 +47,7 @@ def compiled_for_cpu() -> bool:
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
-    # Keras and TensorFlow's own optimizers ask it, and there is no public way to.
+    # TensorFlow's own loops ask this; there is no public way to.
     return (
         not tf.executing_eagerly()
         and control_flow_util.GraphOrParentsInXlaContext(

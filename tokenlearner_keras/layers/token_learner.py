@@ -400,16 +400,23 @@ def _convolve(layer, x):
     channels are summed.
     """
     channels, size, filters = x.shape[-1], layer.kernel_size[0], layer.filters
-    if not compiled_for_cpu() or channels < size * size * filters:
+    dtype = layer.compute_dtype
+    if (
+        not compiled_for_cpu()
+        or channels < size * size * filters
+        # The sum of the taps would be rounded once a tap.
+        or dtype not in ("float32", "float64")
+    ):
         return layer(x)
-    dtype = x.dtype
     kernel = ops.reshape(
         ops.transpose(ops.cast(layer.kernel, dtype), (2, 0, 1, 3)), (channels, -1)
     )
     _, height, width, _ = ops.shape(x)
     before = (size - 1) // 2
     border = (before, size - 1 - before)
-    taps = ops.pad(ops.matmul(x, kernel), ((0, 0), border, border, (0, 0)))
+    taps = ops.pad(
+        ops.matmul(ops.cast(x, dtype), kernel), ((0, 0), border, border, (0, 0))
+    )
     total = sum(
         taps[
             :,
