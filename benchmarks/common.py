@@ -16,7 +16,8 @@ def time_in_turns(functions, repeats=5, warmup=1):
     """Returns, by name, the seconds of each call; the functions take turns.
 
     Turns make a comparison hold on a machine whose speed drifts: every function meets
-    the same slow and fast moments.
+    the same slow and fast moments. Every other round goes backwards, because a call
+    also meets what the one before it left in caches and threads.
 
     Args:
         functions: Dictionary from names to functions without arguments, which return
@@ -28,8 +29,9 @@ def time_in_turns(functions, repeats=5, warmup=1):
         for _ in range(warmup):
             function()
     seconds = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
+    for index in range(repeats):
+        turns = list(functions.items())
+        for name, function in turns[::-1] if index % 2 else turns:
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
