@@ -156,10 +156,6 @@ def main():
     if STAGE == "states":
         states(results, note)
         return
-    if STAGE == "one_program":
-        one_program(results)
-        note("done")
-        return
     _, results["everything_1"] = everything(1, 1)
     note("everything, one device")
     if DEVICES == 4:
@@ -233,36 +229,6 @@ def states(results, note):
         for devices in (1, 2):
             results[f"callbacks_{devices}"] = with_callbacks(devices, folder)
     note("done")
-
-
-def one_program(results):
-    """The step that GPUs get, in which one program holds the sum over the replicas.
-
-    XLA compiles such a sum for GPUs alone, so here it is a TensorFlow function.
-    """
-    from tensorflow.python.distribute import mirrored_strategy
-
-    from tokenlearner_keras.training.distributed import _ReplicaSteps
-
-    extended = mirrored_strategy.MirroredExtended
-    sum_over_replicas = _ReplicaSteps.sum_over_replicas
-    use_merge_call, function = extended._use_merge_call, tf.function
-    sums = []
-
-    def sum_inside(self, values):
-        sums.append(tf.distribute.get_replica_context().replica_id_in_sync_group)
-        extended._use_merge_call = lambda self: False
-        try:
-            return sum_over_replicas(self, values)
-        finally:
-            extended._use_merge_call = use_merge_call
-
-    _, results["everything_1"] = everything(1, 1)
-    _ReplicaSteps.one_program = True
-    _ReplicaSteps.sum_over_replicas = sum_inside
-    tf.function = lambda f, jit_compile=None, **kwargs: function(f, **kwargs)
-    _, results["everything_2"] = everything(2, 3)
-    results["num_sums"] = len(sums)
 
 
 def with_callbacks(devices, folder):

@@ -54,12 +54,6 @@ def test_two_devices_equal_one(results):
     assert_equal(results, "everything", 2)
 
 
-def test_one_program_with_the_sum_inside(tmp_path):
-    results = run(tmp_path, 2, "one_program")
-    assert_equal(results, "everything", 2)
-    assert results["num_sums"] >= 2
-
-
 @pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     assert_equal(run(tmp_path, 4), "everything", 4)

@@ -107,10 +107,6 @@ class _ReplicaSteps:
     `strategy.run`. What they compile belongs to one device, so XLA accepts it.
     """
 
-    # Whether the sum lies inside of the compiled program. TensorFlow compiles that on
-    # GPUs alone. Not the default, as it has not been run there.
-    one_program = False
-
     def __init__(self, model):
         self.model = model
         self.strategy = model.distribute_strategy
@@ -130,22 +126,12 @@ class _ReplicaSteps:
         if model.run_eagerly:
             return type(model).train_step(model, data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        replica = self._replica_index(tf.distribute.get_replica_context())
-        result = self.step(x, y, sample_weight, replica=replica)
-        return self._update_metrics(x, y, sample_weight, result)
-
-    def _step(self, x, y, sample_weight, replica):
-        """One training step of one replica, without metrics."""
         result = self.forward(x, y, sample_weight, training=True)
-        summed = self.sum_over_replicas(result.pop("summed"))
-        self.update(summed, result.pop("states"), replica=replica)
-        return result
-
-    def sum_over_replicas(self, values):
-        import tensorflow as tf
-
         context = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, result["summed"])
+        replica = self._replica_index(context)
+        self.update(summed, result["states"], replica=replica)
+        return self._update_metrics(x, y, sample_weight, result)
 
     def test_step(self, data):
         import tensorflow as tf
@@ -264,18 +250,11 @@ class _ReplicaSteps:
             self._check_synchronized(jit)
             # Without XLA the layers may communicate, so nothing stands around them.
             self.forward = self._forward
-            self.step = self._step
             if jit:
                 self.forward = tf.function(
                     self._forward, jit_compile=True, autograph=False
                 )
-            if jit and self.one_program:
-                self.update = self._update
-                self.step = tf.function(self._step, jit_compile=True, autograph=False)
-            else:
-                self.update = tf.function(
-                    self._update, jit_compile=jit, autograph=False
-                )
+            self.update = tf.function(self._update, jit_compile=jit, autograph=False)
 
         def run_step(data):
             data = tree.map_structure(
