@@ -19,7 +19,8 @@ ROOMS = [tlk, *(room for _, room in inspect.getmembers(tlk, inspect.ismodule))]
     ids=lambda room: room.__name__.split(".")[-1],
 )
 def test_the_reference_has_every_public_name(room):
-    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    pages = sorted((DOCS / "api").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     section = text.split(f".. currentmodule:: {room.__name__}\n")[1].split("```")[0]
     documented = re.findall(
         r"^\.\. (?:auto\w+|py:data):: (\w+)$", section, re.MULTILINE
@@ -40,9 +41,12 @@ def test_the_reference_has_every_public_name(room):
 
 def test_every_page_is_in_the_index():
     index = (DOCS / "index.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^(\w+)$", index, re.MULTILINE)
-    assert sorted(listed) == sorted(
-        p.stem for p in DOCS.glob("*.md") if p.stem != "index"
+    pages = sorted(p.stem for p in DOCS.glob("*.md") if p.stem != "index")
+    assert sorted(re.findall(r"^(\w+)$", index, re.MULTILINE)) == pages
+    assert sorted(set(re.findall(r"\]\((\w+)\.md\)", index))) == pages
+    reference = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^api/(\w+)$", reference, re.MULTILINE)) == sorted(
+        p.stem for p in (DOCS / "api").glob("*.md")
     )
 
 

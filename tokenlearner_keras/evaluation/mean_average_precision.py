@@ -76,7 +76,7 @@ class MeanAveragePrecision(keras.metrics.Metric):
     That needs every score at once, so that the metric keeps the labels and scores of up
     to `capacity` examples, 8 bytes a class and example. The state has a fixed shape and
     adds up over replicas (each writes to rows of its own), so that it works under
-    `tf.distribute` strategies, in `jit_compile`d steps and on every Keras backend.
+    `tf.distribute` strategies, in steps compiled by XLA and on every Keras backend.
     Under a strategy a replica has room for its even share of `capacity` and 256 more.
 
     Keras shows `result()` after each step, and each costs a sort of the buffer: on a
