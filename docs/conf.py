@@ -54,7 +54,7 @@ def convert_markdown(app, what, name, obj, options, lines):
         else:
             part = re.sub(r"`([^`]+)`", mark_code, part)
             # Napoleon takes what stands before a colon for the type of the result.
-            part = re.sub(r"((?:Returns|Output):\n *)", r"\1\\ ", part)
+            part = re.sub(r"((?:Returns|Output):\n)( *)", r"\1\2\\ \n\2", part)
             fences[i] = re.sub(r"\[([^\]]+)\]\s*\((http[^)]+)\)", r"`\1 <\2>`__", part)
     lines[:] = "".join(fences).split("\n")
 
@@ -77,8 +77,11 @@ def show_constructor(app, what, name, obj, options, signature, returned):
 
 def write_mathml(self, node):
     """Formulas as MathML: a page needs neither a script nor the network."""
-    as_block = isinstance(node, nodes.math_block)
-    self.body.append(tex2mathml(node.astext(), as_block=as_block))
+    if isinstance(node, nodes.math_block):
+        formula = tex2mathml(node.astext(), as_block=True)
+        self.body.append(f'<div class="formula">{formula}</div>')
+    else:
+        self.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
