@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import poisson
 
-SIZES = ((40, 26.0), (64, 45.0))
+SIZES = ((35, 21.0), (40, 26.0), (64, 45.0))
 TOLERANCE = 1.1e-7  # below the spacing of float32 at one, 2 ** -23 = 1.19e-7
 
 

@@ -19,8 +19,10 @@ def test_moments(length, batch):
     x = rng.uniform(-1, 1, (batch, length, 3)).astype("float32")
     y = rng.standard_normal(x.shape).astype("float32")
     weights = [1.0 + 0.1 * p for p in range(23)]
-    sums = _tiles._moments(
-        ops.convert_to_tensor(x), (None, ops.convert_to_tensor(y)), 23
+    sums = _tiles.moments(
+        (ops.convert_to_tensor(x), ops.convert_to_tensor(y)),
+        lambda tensors, row: (tensors[0], (None, tensors[1])),
+        23,
     )
     results = _tiles.finish_moments(sums, weights)
     powers = x.astype("float64") ** np.arange(23)[:, None, None, None]
@@ -40,6 +42,26 @@ def test_evaluate_is_a_polynomial():
     powers = x ** np.arange(9)[:, None, None, None]
     expected = (coefficients * powers).sum(0)
     np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 48, 509, 512, 4096])
+def test_fold_reduces_rows(rows):
+    x = np.random.default_rng(rows).standard_normal((2, rows, 3)).astype("float32")
+    tensor = ops.convert_to_tensor(x)
+    result = _tiles.fold(tensor, ops.maximum, ops.max)
+    np.testing.assert_array_equal(ops.convert_to_numpy(result), x.max(1, keepdims=True))
+    result = _tiles.fold(tensor, ops.add, ops.sum)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(result), x.sum(1, keepdims=True), rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [(1, 1), (3, 3), (48, 48), (64, 64), (100, 50), (127, 1), (432, 48), (768, 64)],
+)
+def test_columns_are_whole_vectors_where_possible(channels, expected):
+    assert _tiles.columns(channels) == expected
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 1000, None])

@@ -10,6 +10,7 @@ where `a_p = c_p Z^p / p!` are the coefficients of a polynomial close to `e^(Z s
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -24,10 +25,14 @@ from tokenlearner_keras.ops._streaming import key_limits
 # of one channel), float32 would lose more than a relative 1e-5.
 MAX_CANCELLATION = 16.0
 
+# Of the compiled series, those of `"auto"`. The shortest is enough for 4096 tokens of
+# unit scale in 432 channels.
+AUTO_TERMS = (35, 64)
+
 
 @functools.cache
 def sizes(dtype="float32"):
-    """Returns the compiled sizes: terms, reach, series coefficients, whether unrolled.
+    """Returns what `"auto"` compiles: terms, reach, coefficients, whether unrolled.
 
     Only the first is unrolled: it runs faster so, and the others compile faster as
     loops.
@@ -36,7 +41,7 @@ def sizes(dtype="float32"):
         reaches = [(n, taylor_reach(n, 2.0**-52)) for n in (48, 96)]
         table = [(n, z, (1.0,) * n) for n, z in reaches]
     else:
-        table = COEFFICIENTS
+        table = [x for x in COEFFICIENTS if x[0] in AUTO_TERMS]
     return tuple((n, z, _scaled(c, z), i == 0) for i, (n, z, c) in enumerate(table))
 
 
@@ -72,9 +77,9 @@ def _scaled(coefficients, reach):
 
 def size(num_terms, dtype="float32"):
     """Returns the size with `num_terms` terms, unrolled."""
-    for found in sizes(dtype):
-        if found[0] == num_terms:
-            return (*found[:3], True)
+    for terms, reach, coefficients in COEFFICIENTS:
+        if terms == num_terms and dtype != "float64":
+            return num_terms, reach, _scaled(coefficients, reach), True
     reach = taylor_reach(num_terms, 2.0**-52 if dtype == "float64" else 2.0**-23)
     return num_terms, reach, _scaled((1.0,) * num_terms, reach), True
 
@@ -83,11 +88,16 @@ def geometry(query, key, key_mask):
     """Returns `z` and half the range of the keys, by channel, and `t`."""
     low, high = key_limits(key, key_mask)
     middle = low / 2 + high / 2
-    # Constant keys: any range will do, and a small one needs few terms.
-    half = ops.maximum(high / 2 - low / 2, 1e-20)
+    half = half_range(low, high)
     shifted = (key - middle) / half * key_mask
     z = ops.max(ops.abs(query), axis=1, keepdims=True) * half
     return z, half, shifted
+
+
+def half_range(low, high):
+    """Returns half the range of the keys."""
+    # Constant keys: any range will do, and a small one needs few terms.
+    return ops.maximum(high / 2 - low / 2, 1e-20)
 
 
 def powers_sums(x, first, second, count, unroll):
@@ -183,17 +193,22 @@ def forward(query, m0, m1, half, size):
         half: `r`, half the range of the keys, of shape `(batch, 1, d)`.
         size: One of `sizes()`.
     """
+    s, denominator, opposite = _denominators(query, m0, half, size)
+    cancellation = opposite / denominator
+    cancellation = ops.mean(cancellation * cancellation, axis=1, keepdims=True)
+    output = evaluate(size[2], m1, s) / denominator
+    return output, cancellation
+
+
+def _denominators(query, m0, half, size):
+    """Returns scaled queries, their denominators, and those of their negatives."""
     _, reach, scales, _ = size
     s = query * (half / reach)
     square = s * s
     even = evaluate(scales[0::2], m0[0:-1:2], square)
     odd = s * evaluate(scales[1::2], m0[1:-1:2], square)
-    denominator = _denominator(even + odd, m0)
-    # The sum at -s: there, what alternates here has the same sign.
-    cancellation = (even - odd) / denominator
-    cancellation = ops.mean(cancellation * cancellation, axis=1, keepdims=True)
-    output = evaluate(scales, m1, s) / denominator
-    return output, cancellation
+    # At -s, what alternates at s has the same sign.
+    return s, _denominator(even + odd, m0), even - odd
 
 
 def backward(query, shifted_key, value, m0, m1, output, upstream, half, size):
@@ -209,33 +224,90 @@ def backward(query, shifted_key, value, m0, m1, output, upstream, half, size):
     return to_query, to_key * (reach / half), series(h, shifted_key)
 
 
-def apply(query, shifted_key, value, key_mask, half, size):
-    """Returns outputs, squared cancellations, the sum of the values, and residuals.
+class Frame(NamedTuple):
+    """What the series are relative to, by channel: tensors `(batch, 1, d)`."""
 
-    The residuals, a tuple of tensors, are for `gradients`. `key_mask` may be `None`.
+    middle: Any  # of the keys
+    half: Any  # of the range of the keys
+    mean: Any  # of the values
+
+
+def frame(key, value, key_mask):
+    """Returns the `Frame` of keys and values; `key_mask` may be `None`."""
+    if key_mask is None:
+        signs = ops.reshape(ops.convert_to_tensor([1.0, -1.0], key.dtype), (2, 1, 1, 1))
+        limits = _tiles.fold(key * signs, ops.maximum, ops.max)
+        low, high = -limits[1], limits[0]
+        total, count = _tiles.fold(value, ops.add, ops.sum), ops.shape(value)[1]
+    else:
+        low, high = key_limits(key, key_mask)
+        total = ops.sum(value, axis=1, keepdims=True)
+        count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+    mean = total / ops.cast(count, value.dtype)
+    mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+    return Frame(low / 2 + high / 2, half_range(low, high), mean)
+
+
+def key_sums(key, value, key_mask, frame, size):
+    """Returns what the series need of the keys and values, a tuple of tensors.
+
+    Args:
+        key: float tensor of shape `(batch, keys, d)`, zero where masked.
+        value: float tensor of the same shape, zero where masked.
+        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros, or `None`.
+        frame: A `Frame`.
+        size: One of `sizes()`.
     """
     if not _is_stacked():
-        results = _tiles.forward(query, shifted_key, value, key_mask, half, size)
-        return *results[:2], results[2][1], results[2]
-    if key_mask is None:
-        key_mask = ops.ones_like(shifted_key[:, :, :1])
-    m0, m1 = moments(shifted_key, value, key_mask, size)
-    output, cancellation = forward(query, m0, m1, half, size)
-    return output, cancellation, m1[0], (*m0, *m1) if size[3] else (m0, m1)
+        return _tiles.key_sums(key, value, key_mask, frame, size)
+    mask = ops.ones_like(key[:, :, :1]) if key_mask is None else key_mask
+    shifted = (key - frame.middle) / frame.half * mask
+    m0, m1 = moments(shifted, (value - frame.mean) * mask, mask, size)
+    return (*m0, *m1) if size[3] else (m0, m1)
 
 
-def gradients(query, shifted_key, value, residuals, output, upstream, half, size):
-    """Returns the gradients of query, key and value; masked ones are not zeroed."""
-    if not _is_stacked():
-        return _tiles.backward(
-            query, shifted_key, value, residuals, output, upstream, half, size
-        )
-    if size[3]:
-        middle = len(residuals) // 2
-        m0, m1 = list(residuals[:middle]), list(residuals[middle:])
+def _split(sums, size):
+    middle = len(sums) // 2
+    return (list(sums[:middle]), list(sums[middle:])) if size[3] else sums
+
+
+def fits(query, sums, frame, size):
+    """Returns whether the series is exact enough for every channel, a boolean."""
+    if _is_stacked():
+        m0, m1 = _split(sums, size)
+        s, denominator, opposite = _denominators(query, m0, frame.half, size)
+        total = m1[0]
     else:
-        m0, m1 = residuals
-    return backward(query, shifted_key, value, m0, m1, output, upstream, half, size)
+        denominator, opposite, s = _tiles.denominators(query, sums, frame, size)
+        total = sums[1][0]
+    ratio = opposite / denominator
+    # Comparisons that NaN fails.
+    ratio = ops.where(ops.abs(s) <= 1, ratio * ratio, float("inf"))
+    # A product with ones: XLA for CPUs makes more of it than of a sum over rows.
+    ones = ops.ones_like(query[:, :, :1])
+    cancellation = ops.matmul(ops.transpose(ones, (0, 2, 1)), ratio)
+    limit = MAX_CANCELLATION**2 * ops.cast(ops.shape(query)[1], query.dtype)
+    kept = ops.logical_and(cancellation <= limit, ops.isfinite(total))
+    return ops.all(kept)
+
+
+def outputs(query, sums, frame, size):
+    """Returns the outputs for centred values."""
+    if not _is_stacked():
+        return _tiles.outputs(query, sums, frame, size)
+    return forward(query, *_split(sums, size), frame.half, size)[0]
+
+
+def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
+    """Returns the gradients of query, key and value; masked ones are not zeroed."""
+    shifted = (key - frame.middle) / frame.half
+    if key_mask is not None:
+        shifted = shifted * key_mask
+    value = value - frame.mean
+    tensors = query, shifted, value
+    if not _is_stacked():
+        return _tiles.gradients(*tensors, sums, frame, output, upstream, size)
+    return backward(*tensors, *_split(sums, size), output, upstream, frame.half, size)
 
 
 def _denominator(x, m0):

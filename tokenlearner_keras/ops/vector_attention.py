@@ -141,9 +141,9 @@ def vector_attention_error_bound(
     Args:
         max_query: float. Largest `|scale * query|` of a channel.
         key_range: float. Largest minus smallest key of that channel.
-        num_terms: int. Number of coefficients. 40 and 64 have a near-minimax
-            polynomial, which is what `auto` uses in float32; others are the Taylor
-            series, as are all in float64.
+        num_terms: int. Number of coefficients. 35, 40 and 64 have a near-minimax
+            polynomial (in float32, `auto` uses 35 and 64, `interpolated` 40); others
+            are the Taylor series, as are all in float64.
         dtype: Name of the dtype of the computation.
 
     Returns:
@@ -341,81 +341,77 @@ def _interpolated_pair(size):
 
 def _auto_pair(sizes, has_mask):
     """Forward and backward function of `"auto"`."""
-
-    def apply(query, shifted, value, key_mask, half, size):
-        key_mask = key_mask if has_mask else None
-        return _series.apply(query, shifted, value, key_mask, half, size)
-
-    def linear(query, shifted, value, key_mask, z, half, size):
-        output, cancellation, total, residuals = apply(
-            query, shifted, value, key_mask, half, size
-        )
-        # `all(a <= b)` rather than a maximum: it must fail for NaN.
-        kept = ops.logical_and(
-            ops.all(z <= size[1]),
-            ops.all(cancellation <= _series.MAX_CANCELLATION**2),
-        )
-        kept = ops.logical_and(kept, ops.all(ops.isfinite(total)))
-        return output, kept, residuals
+    number = len(sizes)
 
     def forward(query, key, value, key_mask):
-        value, mean = _centered(value, key_mask)
-        z, half, shifted = _series.geometry(query, key, key_mask)
-        tensors = query, shifted, value, key_mask, z, half
+        mask = key_mask if has_mask else None
+        frame = _series.frame(key, value, mask)
+        sums = _series.key_sums(key, value, mask, frame, sizes[0])
+        like = query, query, ops.cast(0, "int32")
+
+        def result(output, index):
+            return output + frame.mean, output, ops.cast(index, "int32")
+
+        def shortest():
+            return result(_series.outputs(query, sums, frame, sizes[0]), 0)
+
+        def longer(index):
+            more = _series.key_sums(key, value, mask, frame, sizes[index])
+            output = _series.outputs(query, more, frame, sizes[index])
+            kept = _series.fits(query, more, frame, sizes[index])
+            return result(output, ops.where(kept, index, number))
 
         def exact():
-            output, _, _ = _streaming.forward(query, key, value, key_mask, slopes=False)
-            return output, ops.cast(len(sizes), "int32")
+            centred = (value - frame.mean) * key_mask
+            output = _streaming.forward(query, key, centred, key_mask, slopes=False)[0]
+            return result(output, number)
 
-        def longer(index, otherwise):
-            def branch():
-                output, kept, _ = linear(*tensors, sizes[index])
-                results = output, ops.cast(index, "int32")
-                return ops.cond(kept, lambda: results, otherwise)
+        def otherwise():
+            z = ops.max(ops.abs(query), axis=1, keepdims=True) * frame.half
+            # More terms help against truncation, not against cancellation.
+            choice = sum(ops.cast(ops.any(z > size[1]), "int32") for size in sizes)
+            nothing = functools.partial(result, ops.zeros_like(query), number)
+            branches = [functools.partial(longer, i) for i in range(1, number)]
+            found = switch(choice, [nothing, *branches, nothing], like)
+            return switch(
+                ops.cast(found[2] == number, "int32"), [lambda: found, exact], like
+            )
 
-            return branch
-
-        # The shortest series runs before it is known to do: the usual case then needs
-        # one decision, which on a GPU means one wait for the host.
-        first, kept, residuals = linear(*tensors, sizes[0])
-        branch = exact
-        for number in range(len(sizes) - 1, 0, -1):
-            branch = longer(number, branch)
-        # More terms help against truncation, not against cancellation.
-        longer_helps = ops.logical_and(
-            ops.logical_not(ops.all(z <= sizes[0][1])), ops.all(z <= sizes[-1][1])
+        # The moments of the shortest series are there before it is known to do: the
+        # usual case then needs one decision.
+        choice = ops.cast(
+            ops.logical_not(_series.fits(query, sums, frame, sizes[0])), "int32"
         )
-        choice = ops.where(kept, 0, ops.where(longer_helps, 1, 2))
-        initial = first, ops.cast(0, "int32")
-        output, index = switch(choice, [lambda: initial, branch, exact], initial)
-        return output + mean, (output, index, *residuals)
+        output, centred, index = switch(choice, [shortest, otherwise], like)
+        return output, (centred, index, *frame, *sums)
 
     def backward(args, residuals, upstream):
         query, key, value, key_mask = args
-        output, index, *saved = residuals
-        value, _ = _centered(value, key_mask)
+        output, index, middle, half, mean, *saved = residuals
+        frame = _series.Frame(middle, half, mean)
 
-        def series(number):
+        mask = key_mask if has_mask else None
+
+        def series(index):
             def branch():
-                size = sizes[number]
-                _, half, shifted = _series.geometry(query, key, key_mask)
-                rest = saved
-                if number > 0:
-                    *_, rest = apply(query, shifted, value, key_mask, half, size)
+                sums = saved
+                if index > 0:
+                    sums = _series.key_sums(key, value, mask, frame, sizes[index])
                 to_query, to_key, to_value = _series.gradients(
-                    query, shifted, value, rest, output, upstream, half, size
+                    *(query, key, value, mask, sums, frame, output, upstream),
+                    sizes[index],
                 )
                 return to_query, to_key * key_mask, to_value * key_mask
 
             return branch
 
         def exact():
-            tensors = query, key, value, key_mask
+            tensors = query, key, (value - mean) * key_mask, key_mask
             again, denominator, slope = _streaming.forward(*tensors)
             factor = upstream / denominator
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
 
-        branches = [*map(series, range(len(sizes))), exact]
+        branches = [*map(series, range(number)), exact]
         return (*switch(index, branches, (query, key, value)), None)
 
     return forward, backward
