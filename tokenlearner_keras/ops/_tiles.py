@@ -102,17 +102,19 @@ def tree(combine, parts):
 def fold(x, combine, reduce):
     """Returns `reduce(x, axis=-2, keepdims=True)`, where `combine` does it for two.
 
-    XLA's own reduction over rows takes several times as long, if they are many.
+    XLA's own reduction over rows takes several times as long, if they are many. The
+    last few rows are left to it: XLA would do again for every token what comes last,
+    if that were no reduction.
     """
     rows, channels = x.shape[-2:]
-    while rows is not None and channels is not None and rows > 1:
+    while rows is not None and channels is not None and rows > FOLD:
         number = max(n for n in range(1, FOLD + 1) if rows % n == 0)
-        if number < 8 and rows > FOLD:
+        if number < 8:
             break
         rows //= number
         x = ops.reshape(x, (*ops.shape(x)[:-2], number, rows, channels))
         x = tree(combine, ops.unstack(x, axis=-3))
-    return x if rows == 1 else reduce(x, axis=-2, keepdims=True)
+    return reduce(x, axis=-2, keepdims=True)
 
 
 def _powers(x, count):
