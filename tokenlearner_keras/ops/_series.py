@@ -281,8 +281,10 @@ def fits(query, sums, frame, size):
         denominator, opposite, s = _tiles.denominators(query, sums, frame, size)
         total = sums[1][0]
     ratio = opposite / denominator
-    # Comparisons that NaN fails.
-    ratio = ops.where(ops.abs(s) <= 1, ratio * ratio, float("inf"))
+    # Comparisons that NaN fails. A sum, since XLA for CPUs makes a branch for each
+    # element of a choice between a long expression and a number.
+    outside = ops.where(ops.abs(s) <= 1, ops.zeros_like(s), float("inf"))
+    ratio = ratio * ratio + outside
     # A product with ones: XLA for CPUs makes more of it than of a sum over rows.
     ones = ops.ones_like(query[:, :, :1])
     cancellation = ops.matmul(ops.transpose(ones, (0, 2, 1)), ratio)
