@@ -243,9 +243,14 @@ def frame(key, value, key_mask):
         low, high = key_limits(key, key_mask)
         total = ops.sum(value, axis=1, keepdims=True)
         count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-    mean = total / ops.cast(count, value.dtype)
-    mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+    mean = finite_mean(total, ops.cast(count, value.dtype))
     return Frame(low / 2 + high / 2, half_range(low, high), mean)
+
+
+def finite_mean(total, count):
+    """Returns the mean, zero where it is not finite: infinities stay as they are."""
+    mean = total / count
+    return ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
 
 
 def key_sums(key, value, key_mask, frame, size):

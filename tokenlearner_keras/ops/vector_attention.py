@@ -279,8 +279,7 @@ def _centered(value, key_mask):
     numbers lose less. Infinities stay as they are.
     """
     count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-    mean = ops.sum(value, axis=1, keepdims=True) / count
-    mean = ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+    mean = _series.finite_mean(ops.sum(value, axis=1, keepdims=True), count)
     return (value - mean) * key_mask, mean
 
 
@@ -389,7 +388,6 @@ def _auto_pair(sizes, has_mask):
         query, key, value, key_mask = args
         output, index, middle, half, mean, *saved = residuals
         frame = _series.Frame(middle, half, mean)
-
         mask = key_mask if has_mask else None
 
         def series(index):
