@@ -42,7 +42,8 @@ def training_step(model, loss_fn, inputs, labels, jit=True):
     """Returns a function that trains `model` once on a batch that stays on the device.
 
     SGD with momentum. The function returns the loss, which it does not wait for. On JAX
-    it is compiled here, on TensorFlow by the first call.
+    it is compiled here, and has JAX's executable as its attribute `compiled`; on
+    TensorFlow it is compiled by the first call.
     """
     import keras
 
@@ -94,11 +95,16 @@ def training_step(model, loss_fn, inputs, labels, jit=True):
         loss, values[:] = train(*values, inputs, labels)
         return loss
 
+    if jit:
+        step.compiled = train
     return step
 
 
 def inference_step(model, inputs, jit=True):
-    """Returns a function that calls `model` on a batch that stays on the device."""
+    """Returns a function that calls `model` on a batch that stays on the device.
+
+    Compiled as by `training_step`.
+    """
     import keras
 
     if keras.backend.backend() == "tensorflow":
@@ -120,7 +126,13 @@ def inference_step(model, inputs, jit=True):
     ]
     if jit:
         call = jax.jit(call).lower(*values, inputs).compile()
-    return lambda: call(*values, inputs)
+
+    def step():
+        return call(*values, inputs)
+
+    if jit:
+        step.compiled = call
+    return step
 
 
 def repeated(step, count):

@@ -1,34 +1,61 @@
-"""Our models and layers beside k3im's and keras-hub's, on the CPU, in one run.
+"""Our models and layers beside k3im's and keras-hub's, in one run.
 
     pip install k3im keras-hub
     python benchmarks/rivals.py [--models] [--layers] [--sizes S/16] [--works ...]
+    KERAS_BACKEND=jax python benchmarks/rivals.py --gpu [--sizes S/16] [--works ...]
 
-Every row lives in a process of its own, which gives its first call and its peak
-memory. The processes then take turns, and speeds are medians. Results are written after
-each kind of work, beside what earlier runs on the same machine left in the table.
+On the CPU, every row lives in a process of its own, which gives its first call and its
+peak memory. The processes then take turns, and speeds are medians. Results are written
+after each kind of work, beside what earlier runs on the same machine left in the table.
+
+With `--gpu`, models in mixed_bfloat16 on the TensorFlow or JAX backend: a process for
+each size and work, in which the four models take turns, on batches that stay on the
+device. On JAX, the processes compile side by side, and are then timed one by one.
 """
 
 import argparse
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Several processes share the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import keras
 import numpy as np
-import tensorflow as tf
-from common import RESULTS, machine, median, time_in_turns, write_results
+from common import (
+    RESULTS,
+    inference_step,
+    machine,
+    median,
+    repeated,
+    time_in_turns,
+    training_step,
+    write_results,
+)
+from vit import READY, ROW, classification_loss, finish, images, prepare
 
 import tokenlearner_keras as tlk
 
 SIZES = {"S/16": (384, 6, 1536), "B/16": (768, 12, 3072)}
 LAYER_SIZES = ((14, 14, 384), (24, 24, 768))
 LAYERS = ("k3im", "v1", "v10", "v11")
+K3IM_NOTES = (
+    "k3im gives every head the whole width (12 heads of 768 for B/16), so that its "
+    "attention has about `heads` times the weights of a ViT's.",
+    "k3im's TokenLearner stands after block 7 of 12, ours before block 7.",
+)
+RIVALS = {
+    "ours, plain": "keras-hub, plain",
+    "ours, TokenLearner": "k3im, TokenLearner",
+}
 MODULES = {
     "ours": "tokenlearner_keras",
     "k3im": "k3im.token_learner",
@@ -36,17 +63,19 @@ MODULES = {
 }
 
 
-def build_model(package, size, num_tokens):
+def build_model(package, size, num_tokens, image_size=224):
     dim, heads, mlp_dim = SIZES[size]
     module = importlib.import_module(MODULES[package])
     if package == "ours":
-        return module.models.vit(size, num_tokens=num_tokens)
+        shape = (image_size, image_size, 3)
+        return module.models.vit(size, input_shape=shape, num_tokens=num_tokens)
     if package == "k3im":
         return module.ViTokenLearner(
-            224, 16, 1000, dim, 12, heads, mlp_dim, num_tokens or 8,
+            image_size, 16, 1000, dim, 12, heads, mlp_dim, num_tokens or 8,
             use_token_learner=num_tokens is not None,
         )  # fmt: skip
-    backbone = module.ViTBackbone((224, 224, 3), 16, 12, heads, dim, mlp_dim)
+    shape = (image_size, image_size, 3)
+    backbone = module.ViTBackbone(shape, 16, 12, heads, dim, mlp_dim)
     features = keras.ops.mean(backbone.output[:, 1:], axis=1)
     return keras.Model(backbone.input, keras.layers.Dense(1000)(features))
 
@@ -61,6 +90,8 @@ def model_rows(size):
 
 
 def inference(model, batch_size):
+    import tensorflow as tf
+
     images = tf.random.normal((batch_size, *model.input_shape[1:]))
     function = tf.function(lambda x: model(x, training=False), jit_compile=True)
     return lambda: np.asarray(function(images))
@@ -85,6 +116,14 @@ WORK = {
 }
 
 
+# What is done, the batch size, and the steps in a call that is timed.
+GPU_WORK = {
+    "inference, batch 1": ("inference", 1, 100),
+    "inference, batch 256": ("inference", 256, 10),
+    "training, batch 128": ("training", 128, 5),
+}
+
+
 def build_layer(kind, shape, num_tokens=8):
     inputs = keras.Input(shape)
     if kind == "k3im":
@@ -95,6 +134,8 @@ def build_layer(kind, shape, num_tokens=8):
 
 
 def layer_step(kind, shape, batch_size, backward):
+    import tensorflow as tf
+
     model = build_layer(kind, shape)
     x = tf.random.normal((batch_size, *shape))
 
@@ -216,13 +257,121 @@ def benchmark_models(sizes, works, repeats, suffix):
                     "Memory: the most that the process held above what it held "
                     "before it built the model. For the call: what the first call, "
                     "which compiles, added to the built model.",
-                    "k3im gives every head the whole width (12 heads of 768 for B/16), "
-                    "so that its attention has about `heads` times the weights of a "
-                    "ViT's.",
-                    "k3im's TokenLearner stands after block 7 of 12, ours before "
-                    "block 7.",
+                    *K3IM_NOTES,
                 ],
             )
+
+
+def gpu_cases(sizes, works, batch_sizes, image_size, repeats):
+    """Returns what each process of `--gpu` does: the arguments of `run_gpu_case`."""
+    batch_sizes = batch_sizes or [batch_size for _, batch_size, _ in GPU_WORK.values()]
+    return [
+        (size, work, batch_size, image_size, repeats)
+        for work, batch_size in zip(GPU_WORK, batch_sizes)
+        if work in works
+        for size in sizes
+    ]
+
+
+def compiled_memory(step):
+    """Returns MiB on the device by XLA's account, or `None` where there is none."""
+    if not hasattr(step, "compiled"):
+        return None
+    memory = step.compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # Weights that a step is given are overwritten: input and output at once.
+    size += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    return size / 2**20
+
+
+def run_gpu_case(size, work, batch_size, image_size, repeats):
+    """What a process of `--gpu` does. Returns the rows of the four models."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    kind, _, count = GPU_WORK[work]
+    x, y = images(batch_size, image_size)
+    loss = classification_loss()
+    models = {
+        name: build_model(*spec, image_size) for name, spec in model_rows(size).items()
+    }
+
+    def compile_step(model):
+        start = time.perf_counter()
+        if kind == "training":
+            step = training_step(model, loss, x, y)
+        else:
+            step = inference_step(model, x)
+        return step, time.perf_counter() - start
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        compiled = dict(zip(models, pool.map(compile_step, models.values())))
+    print(READY, flush=True)
+    sys.stdin.readline()  # The other processes wait, or are compiled no more.
+    first_calls = {}
+    for name, (step, compile_seconds) in compiled.items():
+        start = time.perf_counter()
+        repeated(step, 1)()
+        first_calls[name] = compile_seconds + time.perf_counter() - start
+    seconds = time_in_turns(
+        {name: repeated(step, count) for name, (step, _) in compiled.items()}, repeats
+    )
+    speeds = {k: batch_size * count / median(v) for k, v in seconds.items()}
+    rows = []
+    for name, (step, _) in compiled.items():
+        rival = RIVALS.get(name.split(" ViT-")[0])
+        ratio = speeds[name] / speeds[f"{rival} ViT-{size}"] if rival else None
+        memory = compiled_memory(step)
+        rows.append(
+            {
+                "model": name,
+                "work": f"{kind}, batch {batch_size}",
+                "images/s": f"{speeds[name]:.0f}",
+                "× rival": f"{ratio:.2f}" if rival else "",
+                "memory, MiB": "" if memory is None else f"{memory:.0f}",
+                "first call, s": f"{first_calls[name]:.1f}",
+            }
+        )
+    return rows
+
+
+def benchmark_gpu(cases, suffix):
+    device = re.search(r"[A-Z]+\d{2,}", machine()["device"])
+    if suffix is None:
+        suffix = f"_{device[0].lower()}" if device else "_bfloat16"
+    name = f"rivals_models{suffix}"
+    table = {(row["work"], row["model"]): row for row in earlier_rows(name)}
+
+    def place(row):
+        size = row["model"].split(" ViT-")[1]
+        return list(SIZES).index(size), row["work"]
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        processes = list(pool.map(lambda i: prepare("gpu", i), range(len(cases))))
+    for case, process in zip(cases, processes):
+        rows = finish(process)
+        if rows is None:
+            print(f"{case}: failed", flush=True)
+            continue
+        table.update({(row["work"], row["model"]): row for row in rows})
+        image_size, repeats = case[-2:]
+        counts = "; ".join(f"{work}: {count}" for work, (*_, count) in GPU_WORK.items())
+        write_results(
+            name,
+            f"ViTs at {image_size}, mixed_bfloat16, XLA, {keras.backend.backend()}",
+            sorted(table.values(), key=place),
+            notes=[
+                f"Medians of {repeats} turns of several steps ({counts}). The four "
+                "models of a size take turns.",
+                "× rival: plain beside keras-hub's, TokenLearner beside k3im's.",
+                "Memory: arguments, results and temporaries of the compiled step.",
+                "First call: tracing, compiling and running, while the other models "
+                f"were compiled on the same {len(os.sched_getaffinity(0))} cores.",
+                *K3IM_NOTES,
+                "k3im trains with 10 % dropout in its attention and after its patches, "
+                "which its builder does not let one change; the others have none.",
+                f"XLA_FLAGS: {os.environ.get('XLA_FLAGS') or 'none'}.",
+            ],
+        )
 
 
 def benchmark_layers(repeats, batch_size=8):
@@ -258,21 +407,39 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--gpu", action="store_true", help="models, on a GPU")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--works", nargs="+", default=list(WORK), choices=WORK)
+    parser.add_argument("--works", nargs="+", choices={**WORK, **GPU_WORK})
     parser.add_argument("--repeats", type=int, default=5, help="of the models")
-    parser.add_argument("--suffix", default="", help="of the models' results")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--suffix", help="of the models' results")
+    # To try `--gpu` on a CPU.
+    parser.add_argument("--batch-sizes", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--image-size", type=int, default=224, help=argparse.SUPPRESS)
+    parser.add_argument("--row", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    works = arguments.works or list(GPU_WORK if arguments.gpu else WORK)
+    if arguments.gpu:
+        cases = gpu_cases(
+            arguments.sizes,
+            works,
+            arguments.batch_sizes,
+            arguments.image_size,
+            arguments.repeats,
+        )
+        if arguments.row:
+            print(ROW + json.dumps(run_gpu_case(*cases[int(arguments.row[1])])))
+        else:
+            benchmark_gpu(cases, arguments.suffix)
+        return
     if arguments.row:
-        run_row(*json.loads(arguments.row))
+        run_row(*json.loads(arguments.row[0]))
         return
     everything = not (arguments.models or arguments.layers)
     if arguments.layers or everything:
         benchmark_layers(repeats=15)
     if arguments.models or everything:
         benchmark_models(
-            arguments.sizes, arguments.works, arguments.repeats, arguments.suffix
+            arguments.sizes, works, arguments.repeats, arguments.suffix or ""
         )
 
 
