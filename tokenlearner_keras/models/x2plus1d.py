@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 import keras
 
 from tokenlearner_keras.layers import FrameConv2D, TemporalConv1D
+from tokenlearner_keras.layers._batch_normalization import BatchNormalization
 from tokenlearner_keras.layers._checks import check_choice, check_rate
 from tokenlearner_keras.models.space_time_module import (
     apply_module,
@@ -210,7 +211,7 @@ def _pointwise(filters, dtype, name):
 
 
 def _norm(dtype, name, **arguments):
-    return keras.layers.BatchNormalization(
+    return BatchNormalization(
         momentum=0.9, epsilon=1e-5, dtype=dtype, name=name, **arguments
     )
 
