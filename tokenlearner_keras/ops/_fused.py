@@ -309,7 +309,7 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     y_ref, *saved_refs = refs
     here = _Program(sizes, tiles)
     queries, keys, _ = sizes
-    count, reach, scales, _ = size
+    count, reach, scales = size
     rows, wide = tiles.rows, tiles.rows * tiles.exact
     tile = (rows, tiles.columns)
 
@@ -319,17 +319,19 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     # The derivative starts at the second moment.
     powers = count + 1 if save else count
 
-    def add_keys(step, sums):
+    def load_keys(step):
         start = step * rows
-        valid = here.valid(mask_ref, start, rows)
-        k, v = (here.load(r, start, rows, keys) for r in (k_ref, v_ref))
+        return tuple(here.load(r, start, rows, keys) for r in (k_ref, v_ref))
+
+    def add_keys(step, tiles, sums):
+        (k, v), valid = tiles, here.valid(mask_ref, step * rows, rows)
         t = _where(valid, (k - middle) * inverse)
         return _add_powers(
             sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
         )
 
     zeros = (jnp.zeros(tile, jnp.float32),) * (2 * powers)
-    sums = jax.lax.fori_loop(0, here.steps(keys, rows), add_keys, zeros)
+    sums = _pipelined(here.steps(keys, rows), load_keys, add_keys, zeros)
     sums = [jnp.sum(s, axis=0) for s in sums]
     m0, m1 = sums[:powers], sums[powers:]
     if save:
@@ -341,10 +343,12 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     lower = [scales[p] * m0[p] for p in range(count)]
     upper = [scales[p] * m1[p] for p in range(count)]
 
-    def evaluate(step, carry):
+    def load_queries(step):
+        return here.load(q_ref, step * rows, rows, queries)
+
+    def evaluate(step, q, carry):
         largest, cancellation = carry
         start = step * rows
-        q = here.load(q_ref, start, rows, queries)
         s = q * (half / reach)
         even, odd = _halves(lower, s)
         denominator = even + odd + empty
@@ -361,7 +365,7 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
 
     zero = jnp.zeros(tile, jnp.float32)
     steps = here.steps(queries, rows)
-    largest, cancellation = jax.lax.fori_loop(0, steps, evaluate, (zero, zero))
+    largest, cancellation = _pipelined(steps, load_queries, evaluate, (zero, zero))
     z = jnp.max(largest, axis=0) * half
     cancellation = jnp.sum(cancellation, axis=0) / queries
     # Comparisons that NaN fails. A NaN among the queries is one in `cancellation`.
@@ -396,11 +400,13 @@ def _limits(here, k_ref, v_ref, mask_ref, rows):
     tile = (rows, here.tiles.columns)
     masked = mask_ref is not None
 
-    def body(step, carry):
-        low, high, keys, values, count = carry
+    def load(step):
         start = step * rows
-        valid = here.valid(mask_ref, start, rows)
-        k, v = (here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
+        return tuple(here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
+
+    def body(step, tiles, carry):
+        low, high, keys, values, count = carry
+        (k, v), valid = tiles, here.valid(mask_ref, step * rows, rows)
         low = jnp.minimum(low, _where(valid, k, float("inf")))
         high = jnp.maximum(high, _where(valid, k, -float("inf")))
         if masked:
@@ -409,9 +415,9 @@ def _limits(here, k_ref, v_ref, mask_ref, rows):
 
     zero = jnp.zeros(tile, jnp.float32)
     infinity = jnp.full(tile, float("inf"), jnp.float32)
-    low, high, keys, values, count = jax.lax.fori_loop(
-        0,
+    low, high, keys, values, count = _pipelined(
         here.steps(here.keys, rows),
+        load,
         body,
         (infinity, -infinity, zero, zero, zero),
     )
@@ -428,6 +434,17 @@ def _geometry(low, high):
     """Returns the middle of the keys, half their range and its reciprocal."""
     half = jnp.maximum(high / 2 - low / 2, 1e-20)
     return low / 2 + high / 2, half, 1.0 / half
+
+
+def _pipelined(steps, load, body, init):
+    """A loop whose tiles are loaded one round ahead, while the one before is used."""
+
+    def round(step, carry):
+        tiles, carry = carry
+        following = load(jnp.minimum(step + 1, steps - 1))
+        return following, body(step, tiles, carry)
+
+    return jax.lax.fori_loop(0, steps, round, (load(0), init))[1]
 
 
 def _add_powers(sums, x, first, second):
@@ -566,15 +583,18 @@ def _series_backward(
     to_k_ref,
     to_v_ref,
 ):
-    count, reach, scales, _ = size
+    count, reach, scales = size
     rows = here.tiles.rows
     middle, half, inverse = _geometry(low, high)
 
-    def load_queries(start):
-        q, g, y = (
-            here.load(r, start, rows, here.queries) for r in (q_ref, g_ref, y_ref)
-        )
+    def load_queries(step):
+        start = step * rows
         denominator = here.load(denominator_ref, start, rows, here.queries, 1.0)
+        tiles = (here.load(r, start, rows, here.queries) for r in (q_ref, g_ref, y_ref))
+        return (*tiles, denominator)
+
+    def scale_queries(tiles):
+        q, g, y, denominator = tiles
         if poison is not None:
             g = g + poison
         return q * (half / reach), g / denominator, y
@@ -584,29 +604,33 @@ def _series_backward(
         for i in range(2)
     )
 
-    def to_queries(step, carry):
+    def to_queries(step, tiles, carry):
         start = step * rows
-        s, factor, y = load_queries(start)
+        s, factor, y = scale_queries(tiles)
         slope = sum(_halves(upper, s)) - y * sum(_halves(lower, s))
         here.store(to_q_ref, start, rows, here.queries, factor * half * slope)
         return carry
 
     steps = here.steps(here.queries, rows)
-    jax.lax.fori_loop(0, steps, to_queries, 0)
+    _pipelined(steps, load_queries, to_queries, 0)
 
-    def add_queries(step, sums):
-        s, factor, y = load_queries(step * rows)
+    def add_queries(step, tiles, sums):
+        s, factor, y = scale_queries(tiles)
         return _add_powers(sums, s, factor, y)
 
     zeros = (jnp.zeros((rows, here.tiles.columns), jnp.float32),) * (2 * count + 2)
-    sums = jax.lax.fori_loop(0, steps, add_queries, zeros)
+    sums = _pipelined(steps, load_queries, add_queries, zeros)
     sums = [jnp.sum(x, axis=0) for x in sums]
     h, hy = sums[: count + 1], sums[count + 1 :]
 
-    def to_keys(step, carry):
+    def load_keys(step):
+        start = step * rows
+        return tuple(here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
+
+    def to_keys(step, tiles, carry):
+        k, v = tiles
         start = step * rows
         valid = here.valid(mask_ref, start, rows)
-        k, v = (here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
         t = _where(valid, (k - middle) * inverse)
         # Ratios of coefficients, so that three series share the same numbers.
         series = [jnp.zeros_like(t) + x[count - 1] for x in (h, h[1:], hy[1:])]
@@ -621,7 +645,7 @@ def _series_backward(
         here.store(to_v_ref, start, rows, here.keys, _where(valid, to_v))
         return carry
 
-    jax.lax.fori_loop(0, here.steps(here.keys, rows), to_keys, 0)
+    _pipelined(here.steps(here.keys, rows), load_keys, to_keys, 0)
 
 
 def _exact_backward(

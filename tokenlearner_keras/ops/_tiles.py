@@ -10,6 +10,8 @@ that what the kernel reads again and again stays in the cache next to the core.
 from keras import ops
 
 from tokenlearner_keras.ops._backend import loop
+from tokenlearner_keras.ops._series import Frame, check_fit, finite_mean, half_range
+from tokenlearner_keras.ops._streaming import key_limits
 
 # Rows of a tile; with larger batches fewer.
 ROWS = 64
@@ -230,17 +232,40 @@ def evaluate(coefficients, x):
     return ops.add(*halves(coefficients, x))
 
 
+def enter(x):
+    """Returns a tensor `(batch, tokens, d)` in the form of the functions below."""
+    return x
+
+
+leave = enter
+
+
+def frame(key, value, key_mask):
+    """Returns the `Frame` of keys and values; `key_mask` may be `None`."""
+    if key_mask is None:
+        signs = ops.reshape(ops.convert_to_tensor([1.0, -1.0], key.dtype), (2, 1, 1, 1))
+        limits = fold(key * signs, ops.maximum, ops.max)
+        low, high = -limits[1], limits[0]
+        total, count = fold(value, ops.add, ops.sum), ops.shape(value)[1]
+    else:
+        low, high = key_limits(key, key_mask)
+        total = ops.sum(value, axis=1, keepdims=True)
+        count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+    mean = finite_mean(total, ops.cast(count, value.dtype))
+    return Frame(low / 2 + high / 2, half_range(low, high), mean)
+
+
 def key_sums(key, value, key_mask, frame, size):
     """Returns the coefficients of both series, and of their derivatives.
 
     Args:
-        key: As in `_series.key_sums`.
-        value: As there.
-        key_mask: As there.
-        frame: As there.
-        size: As there.
+        key: float tensor of shape `(batch, keys, d)`, zero where masked.
+        value: float tensor of the same shape, zero where masked.
+        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros, or `None`.
+        frame: A `Frame`.
+        size: One of `_series.sizes()`.
     """
-    count, _, scales, _ = size
+    count, _, scales = size
 
     def prepare(tensors, row):
         middle, half, mean = map(row, frame)
@@ -270,10 +295,19 @@ def outputs(query, sums, frame, size):
     return evaluate(sums[1], s) / denominator
 
 
-def gradients(query, shifted, value, sums, frame, output, upstream, size):
-    """Returns the gradients of query, key and value, as `_series.backward`."""
-    count, reach, scales, _ = size
+def fits(query, sums, frame, size):
+    """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
+    denominator, opposite, s = denominators(query, sums, frame, size)
+    return check_fit(opposite / denominator, s, sums[1][0], axis=1)
+
+
+def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
+    """Returns the gradients of query, key and value; masked ones are not zeroed."""
+    count, reach, scales = size
     half = frame.half
+    shifted, value = (key - frame.middle) / half, value - frame.mean
+    if key_mask is not None:
+        shifted = shifted * key_mask
     denominator, _, s = denominators(query, sums, frame, size)
     factor = upstream / denominator
     slope = evaluate(sums[3], s) - output * evaluate(sums[2], s)

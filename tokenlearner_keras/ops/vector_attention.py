@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tokenlearner_keras.ops import _series, _streaming
+from tokenlearner_keras.ops import _series, _streaming, _tiles, _wide
 from tokenlearner_keras.ops._backend import switch, with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
@@ -254,7 +254,7 @@ def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
         )
     if method == "interpolated":
         size = _series.size(num_terms or INTERPOLATED_TERMS, dtype)
-        return with_gradient(*_interpolated_pair(size))
+        return with_gradient(*_interpolated_pair(size, has_mask))
     return with_gradient(*_auto_pair(_series.sizes(dtype), has_mask))
 
 
@@ -264,7 +264,10 @@ def _fused_function(method, num_terms, dtype, plain):
         return None
     from tokenlearner_keras.ops import _fused
 
-    mode, count = _fused.mode(dtype), num_terms or INTERPOLATED_TERMS
+    mode = _fused.mode(dtype)
+    count = num_terms or (
+        _series.AUTO_TERMS[0] if method == "auto" else INTERPOLATED_TERMS
+    )
     if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
         return None
     return _fused.attention(
@@ -309,31 +312,38 @@ def _streaming_pair(extras, center):
     return forward, backward
 
 
-def _interpolated_pair(size):
+def _form():
+    """Returns the module that computes the series on the device at hand."""
+    return _wide if _wide.is_best() else _tiles
+
+
+def _interpolated_pair(size, has_mask):
     """Forward and backward function of `"interpolated"`."""
 
-    def forward(query, key, value, key_mask):
-        value, mean = _centered(value, key_mask)
-        z, half, shifted = _series.geometry(query, key, key_mask)
-        m0, m1 = _series.moments(shifted, value, key_mask, size)
-        output, cancellation = _series.forward(query, m0, m1, half, size)
-        kept = ops.logical_and(
-            z <= size[1], cancellation <= _series.MAX_CANCELLATION**2
-        )
+    def forward(*args):
+        form = _form()
+        query, key, value, mask = map(form.enter, args)
+        mask = mask if has_mask else None
+        frame = form.frame(key, value, mask)
+        sums = form.key_sums(key, value, mask, frame, size)
+        output = form.outputs(query, sums, frame, size)
+        kept = form.fits(query, sums, frame, size)
         # Never silently wrong.
-        poison = ops.where(kept, ops.zeros_like(z), ops.full_like(z, float("nan")))
-        return output + mean + poison, (output, poison, *m0, *m1)
+        poison = ops.where(kept, ops.zeros_like(frame.mean), float("nan"))
+        result = form.leave(output + (frame.mean + poison))
+        return result, (output, poison, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        query, key, value, key_mask = args
-        output, poison, *rest = residuals
-        m0, m1 = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        value, _ = _centered(value, key_mask)
-        _, half, shifted = _series.geometry(query, key, key_mask)
-        to_query, to_key, to_value = _series.backward(
-            query, shifted, value, m0, m1, output, upstream + poison, half, size
+        form = _form()
+        query, key, value, key_mask = map(form.enter, args)
+        output, poison, middle, half, mean, *sums = residuals
+        frame = _series.Frame(middle, half, mean)
+        mask = key_mask if has_mask else None
+        upstream = form.enter(upstream) + poison
+        to_query, *rest = form.gradients(
+            query, key, value, mask, sums, frame, output, upstream, size
         )
-        return to_query, to_key * key_mask, to_value * key_mask, None
+        return (*map(form.leave, (to_query, *(x * key_mask for x in rest))), None)
 
     return forward, backward
 
@@ -342,33 +352,39 @@ def _auto_pair(sizes, has_mask):
     """Forward and backward function of `"auto"`."""
     number = len(sizes)
 
-    def forward(query, key, value, key_mask):
+    def forward(*args):
+        form = _form()
+        query, key, value, key_mask = map(form.enter, args)
         mask = key_mask if has_mask else None
-        frame = _series.frame(key, value, mask)
-        sums = _series.key_sums(key, value, mask, frame, sizes[0])
-        like = query, query, ops.cast(0, "int32")
+        frame = form.frame(key, value, mask)
+        sums = form.key_sums(key, value, mask, frame, sizes[0])
+        like = args[0], query, ops.cast(0, "int32")
+
+        def fits(sums, size):
+            return ops.all(form.fits(query, sums, frame, size))
 
         def result(output, index):
-            return output + frame.mean, output, ops.cast(index, "int32")
+            results = form.leave(output + frame.mean), output
+            return *results, ops.cast(index, "int32")
 
         def shortest():
-            return result(_series.outputs(query, sums, frame, sizes[0]), 0)
+            return result(form.outputs(query, sums, frame, sizes[0]), 0)
 
         def longer(index):
-            more = _series.key_sums(key, value, mask, frame, sizes[index])
-            output = _series.outputs(query, more, frame, sizes[index])
-            kept = _series.fits(query, more, frame, sizes[index])
-            return result(output, ops.where(kept, index, number))
+            more = form.key_sums(key, value, mask, frame, sizes[index])
+            output = form.outputs(query, more, frame, sizes[index])
+            return result(output, ops.where(fits(more, sizes[index]), index, number))
 
         def exact():
-            centred = (value - frame.mean) * key_mask
+            query, key, value, key_mask = args
+            centred = (value - form.leave(frame.mean)) * key_mask
             output = _streaming.forward(query, key, centred, key_mask, slopes=False)[0]
-            return result(output, number)
+            return result(form.enter(output), number)
 
         def otherwise():
-            z = ops.max(ops.abs(query), axis=1, keepdims=True) * frame.half
+            z = ops.max(ops.abs(query) * frame.half)
             # More terms help against truncation, not against cancellation.
-            choice = sum(ops.cast(ops.any(z > size[1]), "int32") for size in sizes)
+            choice = sum(ops.cast(z > size[1], "int32") for size in sizes)
             nothing = functools.partial(result, ops.zeros_like(query), number)
             branches = [functools.partial(longer, i) for i in range(1, number)]
             found = switch(choice, [nothing, *branches, nothing], like)
@@ -378,39 +394,39 @@ def _auto_pair(sizes, has_mask):
 
         # The moments of the shortest series are there before it is known to do: the
         # usual case then needs one decision.
-        choice = ops.cast(
-            ops.logical_not(_series.fits(query, sums, frame, sizes[0])), "int32"
-        )
+        choice = ops.cast(ops.logical_not(fits(sums, sizes[0])), "int32")
         output, centred, index = switch(choice, [shortest, otherwise], like)
         return output, (centred, index, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        query, key, value, key_mask = args
+        form = _form()
         output, index, middle, half, mean, *saved = residuals
         frame = _series.Frame(middle, half, mean)
-        mask = key_mask if has_mask else None
 
         def series(index):
             def branch():
+                query, key, value, key_mask = map(form.enter, args)
+                mask = key_mask if has_mask else None
                 sums = saved
                 if index > 0:
-                    sums = _series.key_sums(key, value, mask, frame, sizes[index])
-                to_query, to_key, to_value = _series.gradients(
-                    *(query, key, value, mask, sums, frame, output, upstream),
-                    sizes[index],
+                    sums = form.key_sums(key, value, mask, frame, sizes[index])
+                to_query, *rest = form.gradients(
+                    *(query, key, value, mask, sums, frame, output),
+                    *(form.enter(upstream), sizes[index]),
                 )
-                return to_query, to_key * key_mask, to_value * key_mask
+                return tuple(map(form.leave, (to_query, *(x * key_mask for x in rest))))
 
             return branch
 
         def exact():
-            tensors = query, key, (value - mean) * key_mask, key_mask
+            query, key, value, key_mask = args
+            tensors = query, key, (value - form.leave(mean)) * key_mask, key_mask
             again, denominator, slope = _streaming.forward(*tensors)
             factor = upstream / denominator
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
 
         branches = [*map(series, range(number)), exact]
-        return (*switch(index, branches, (query, key, value)), None)
+        return (*switch(index, branches, args[:3]), None)
 
     return forward, backward
 

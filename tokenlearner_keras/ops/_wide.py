@@ -1,0 +1,102 @@
+"""The series of `ops/_series.py`, with all powers at once: what suits XLA on a GPU.
+
+One kernel computes the powers of all tokens and sums them; they are never stored. The
+tokens come last, so that the threads of a warp share the coefficients of a channel. The
+functions are those of `_tiles`, for tensors that have gone through `enter`.
+"""
+
+import keras
+from keras import ops
+
+from tokenlearner_keras.ops import _tiles
+from tokenlearner_keras.ops._series import Frame, check_fit, finite_mean, half_range
+
+outputs = _tiles.outputs
+
+
+def is_best():
+    """Returns whether this form is the one to trace. On JAX, `_fused` takes the work.
+
+    Without a compiler the powers would be stored.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly() and bool(tf.config.list_logical_devices("GPU"))
+
+
+def enter(x):
+    """Returns `(batch, tokens, d)` as `(batch, d, tokens)`."""
+    return ops.transpose(x, (0, 2, 1))
+
+
+leave = enter
+
+
+def frame(key, value, key_mask):
+    low = high = key
+    count = ops.shape(value)[2]
+    if key_mask is not None:
+        infinity = ops.full_like(key, float("inf"))
+        low = ops.where(key_mask > 0, key, infinity)
+        high = ops.where(key_mask > 0, key, -infinity)
+        count = ops.maximum(ops.sum(key_mask, axis=2, keepdims=True), 1.0)
+    low = ops.min(low, axis=2, keepdims=True)
+    high = ops.max(high, axis=2, keepdims=True)
+    empty = low > high
+    low, high = (ops.where(empty, ops.zeros_like(x), x) for x in (low, high))
+    total = ops.sum(value, axis=2, keepdims=True)
+    mean = finite_mean(total, ops.cast(count, value.dtype))
+    return Frame(low / 2 + high / 2, half_range(low, high), mean)
+
+
+def key_sums(key, value, key_mask, frame, size):
+    count, _, scales = size
+    x, y = (key - frame.middle) / frame.half, value - frame.mean
+    if key_mask is not None:
+        x, y = x * key_mask, y * key_mask
+    m0, m1 = _moments(x, (key_mask, y), count + 1)
+    sums = (m0[:-1], m1[:-1], m0[1:], m1[1:])
+    return tuple(_column(scales, x) * part for part in sums)
+
+
+def fits(query, sums, frame, size):
+    denominator, opposite, s = _tiles.denominators(query, sums, frame, size)
+    return check_fit(opposite / denominator, s, sums[1][0], axis=2)
+
+
+def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
+    count, reach, scales = size
+    shifted = (key - frame.middle) / frame.half
+    if key_mask is not None:
+        shifted = shifted * key_mask
+    denominator, _, s = _tiles.denominators(query, sums, frame, size)
+    factor = upstream / denominator
+    slope = _tiles.evaluate(sums[3], s) - output * _tiles.evaluate(sums[2], s)
+    h, hy = _moments(s, (factor, factor * output), count + 1)
+    column = _column(scales, s)
+    slopes, y_slopes = (_tiles.evaluate(column * x[1:], shifted) for x in (h, hy))
+    to_key = ((value - frame.mean) * slopes - y_slopes) * (reach / frame.half)
+    to_value = _tiles.evaluate(column * h[:-1], shifted)
+    return factor * frame.half * slope, to_key, to_value
+
+
+def _moments(x, factors, count):
+    """Returns the sums of `x^p y` for each `y`, `None` for one; `(count, batch, d, 1)`.
+
+    Powers by logarithms: they err by at most about half of float rounding at one.
+    """
+    exponents = ops.reshape(ops.arange(count), (count, 1, 1, 1))
+    size = ops.log(ops.maximum(ops.abs(x), 1e-37))
+    powers = ops.exp(ops.cast(exponents, x.dtype) * size)
+    negative = ops.logical_and(ops.equal(exponents % 2, 1), x < 0)
+    powers = ops.where(negative, -powers, powers)
+    return [
+        ops.sum(powers if y is None else powers * y, axis=3, keepdims=True)
+        for y in factors
+    ]
+
+
+def _column(numbers, like):
+    return ops.reshape(ops.convert_to_tensor(numbers, like.dtype), (-1, 1, 1, 1))
