@@ -6,8 +6,8 @@
 Each model trains on one GPU with Keras's own `fit`, and on all GPUs under
 `MirroredStrategy` with `tlk.training.distributed`, in turns in one process. Images are
 synthetic: what is timed is the training step, not the reading of data. Before that, the
-losses of the first steps are compared on the same global batch. With the environment
-variable `KERAS_BACKEND=jax`, under `keras.distribution.DataParallel`.
+losses of the first steps are compared on the same global batch. On the JAX backend:
+`distributed_jax.py`.
 
 `--virtual-cpus 2` tries the script without a GPU. Compiling takes minutes; several such
 commands, each with its own `--precisions` and `--output`, may compile side by side
@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import fcntl
 import gc
-import itertools
 import os
 import statistics
 import time
@@ -31,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 from common import write_results
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 def build(arguments):
@@ -48,38 +49,6 @@ def build(arguments):
     return tlk.models.vit(config, input_shape=(32, 32, 3), num_tokens=2, num_classes=10)
 
 
-def is_jax():
-    import keras
-
-    return keras.backend.backend() == "jax"
-
-
-@contextlib.contextmanager
-def scope(strategy):
-    import keras
-
-    if is_jax():
-        # Stays set: `fit` asks for it as well.
-        keras.distribution.set_distribution(strategy)
-        yield
-    else:
-        with strategy.scope():
-            yield
-
-
-def exact_products(is_exact):
-    """Turns TF32 off, so that float32 means float32 in the comparison of losses."""
-    if is_jax():
-        import jax
-
-        precision = "highest" if is_exact else None
-        jax.config.update("jax_default_matmul_precision", precision)
-    else:
-        import tensorflow as tf
-
-        tf.config.experimental.enable_tensor_float_32_execution(not is_exact)
-
-
 def make_model(arguments, strategy, precision):
     """The same model, from the same seed, inside the scope of `strategy`."""
     import keras
@@ -89,7 +58,7 @@ def make_model(arguments, strategy, precision):
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(precision)
-    with scope(strategy):
+    with strategy.scope():
         # Bytes, as a data set has them: a quarter of what is copied to the device.
         network = build(arguments)
         inputs = keras.Input(network.input_shape[1:], dtype="uint8")
@@ -113,17 +82,6 @@ def make_batches(model, batch_size, num_batches):
 
 
 def make_dataset(batches):
-    if is_jax():
-        # On the devices beforehand: Keras's own feed of large clips would be timed.
-        import jax
-        import keras
-
-        get_layout = keras.distribution.distribution().get_data_layout
-        placed = [
-            tuple(jax.device_put(x, get_layout(x.shape).backend_layout) for x in batch)
-            for batch in zip(*batches)
-        ]
-        return (batch for batch in itertools.cycle(placed))
     import tensorflow as tf
 
     dataset = tf.data.Dataset.from_tensor_slices(batches).cache().repeat()
@@ -200,7 +158,7 @@ class Timer:
                         rate.append(now - start[0])
                     start[0] = now
 
-        with scope(self.strategy):
+        with self.strategy.scope():
             self.model.fit(
                 self.dataset,
                 steps_per_epoch=last + 1,
@@ -213,11 +171,6 @@ class Timer:
 
 
 def find_devices(arguments):
-    if is_jax():
-        # Without TensorFlow in the process: both bring CUDA's libraries.
-        import keras
-
-        return keras.distribution.list_devices()
     import tensorflow as tf
 
     if not arguments.virtual_cpus:
@@ -232,11 +185,6 @@ def find_devices(arguments):
 
 def make_strategies(devices):
     """By the number of devices: one of them, and all."""
-    if is_jax():
-        import keras
-
-        parallel = keras.distribution.DataParallel
-        return {n: parallel(devices=devices[:n]) for n in (1, len(devices))}
     import tensorflow as tf
 
     return {
@@ -246,24 +194,21 @@ def make_strategies(devices):
 
 
 def run(arguments):
-    if arguments.virtual_cpus:
-        os.environ["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={arguments.virtual_cpus}"
-        )
     import keras
+    import tensorflow as tf
 
     devices = find_devices(arguments)
     arguments.num_devices = len(devices)
     if len(devices) < 2:
         raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
     strategies = make_strategies(devices)
-    backend = keras.backend.backend()
     rows, data = [], {"arguments": vars(arguments)}
     for precision in arguments.precisions:
         log(f"{precision}: losses of the first steps")
-        exact_products(True)
+        # So that float32 means float32 in the comparison.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         layers = make_model(arguments, strategies[1], precision)._flatten_layers()
-        duplicate = not is_jax() and any(
+        duplicate = any(
             isinstance(layer, keras.layers.BatchNormalization) for layer in layers
         )
         losses = {
@@ -273,7 +218,7 @@ def run(arguments):
         one, many = (np.array(losses[n]) for n in strategies)
         difference = float(np.max(np.abs(many - one) / np.abs(one)))
         log(f"{precision}: relative difference of losses {difference:.2g}")
-        exact_products(False)
+        tf.config.experimental.enable_tensor_float_32_execution(True)
 
         timers = {
             n: Timer(arguments, strategy, precision, n)
@@ -312,10 +257,9 @@ def run(arguments):
         gc.collect()
         # After each precision: a run that is cut off leaves what it has.
         write_results(
-            arguments.output
-            or f"distributed_{arguments.model}" + ("_jax" if is_jax() else ""),
+            arguments.output or f"distributed_{arguments.model}",
             f"Training on one and on {len(devices)} devices: {arguments.model}, "
-            f"{backend}",
+            "tensorflow",
             rows,
             notes=(
                 "`model.fit` with XLA, AdamW, "
