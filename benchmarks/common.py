@@ -100,17 +100,24 @@ def training_step(model, loss_fn, inputs, labels, jit=True):
     return step
 
 
-def inference_step(model, inputs, jit=True):
+def inference_step(model, inputs, jit=True, in_sequence=False):
     """Returns a function that calls `model` on a batch that stays on the device.
 
-    Compiled as by `training_step`.
+    Compiled as by `training_step`. With `in_sequence`, `inputs` has several batches,
+    which one program takes one after the other: what it takes to start a program from
+    Python is then left out.
     """
     import keras
+
+    def run(call, inputs):
+        return keras.ops.map(call, inputs) if in_sequence else call(inputs)
 
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        call = tf.function(lambda x: model(x, training=False), jit_compile=jit)
+        call = tf.function(
+            lambda x: run(lambda x: model(x, training=False), x), jit_compile=jit
+        )
         return lambda: call(inputs)
 
     if keras.backend.backend() != "jax":
@@ -118,7 +125,10 @@ def inference_step(model, inputs, jit=True):
     import jax
 
     def call(trainable, others, inputs):
-        return model.stateless_call(trainable, others, inputs, training=False)[0]
+        return run(
+            lambda x: model.stateless_call(trainable, others, x, training=False)[0],
+            inputs,
+        )
 
     values = [
         [variable.value for variable in variables]

@@ -290,6 +290,11 @@ def run_gpu_case(size, work, batch_size, image_size, repeats):
     keras.config.set_dtype_policy("mixed_bfloat16")
     kind, _, count = GPU_WORK[work]
     x, y = images(batch_size, image_size)
+    # Single images, each after the other, would time how fast Python starts programs.
+    in_sequence = kind == "inference" and batch_size == 1
+    if in_sequence:
+        x, _ = images(count, image_size)
+        x, batch_size, count = x[:, None], count, 1
     loss = classification_loss()
     models = {
         name: build_model(*spec, image_size) for name, spec in model_rows(size).items()
@@ -300,7 +305,7 @@ def run_gpu_case(size, work, batch_size, image_size, repeats):
         if kind == "training":
             step = training_step(model, loss, x, y)
         else:
-            step = inference_step(model, x)
+            step = inference_step(model, x, in_sequence=in_sequence)
         return step, time.perf_counter() - start
 
     with ThreadPoolExecutor(len(models)) as pool:
@@ -324,7 +329,7 @@ def run_gpu_case(size, work, batch_size, image_size, repeats):
         rows.append(
             {
                 "model": name,
-                "work": f"{kind}, batch {batch_size}",
+                "work": f"{kind}, batch {1 if in_sequence else batch_size}",
                 "images/s": f"{speeds[name]:.0f}",
                 "× rival": f"{ratio:.2f}" if rival else "",
                 "memory, MiB": "" if memory is None else f"{memory:.0f}",
@@ -362,6 +367,8 @@ def benchmark_gpu(cases, suffix):
             notes=[
                 f"Medians of {repeats} turns of several steps ({counts}). The four "
                 "models of a size take turns.",
+                "Inference, batch 1: one program that takes those images one after the "
+                "other. Its memory and its first call are the program's.",
                 "× rival: plain beside keras-hub's, TokenLearner beside k3im's.",
                 "Memory: arguments, results and temporaries of the compiled step.",
                 "First call: tracing, compiling and running, while the other models "

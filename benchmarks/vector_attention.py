@@ -31,31 +31,61 @@ METHODS = ("auto", "interpolated", "streaming", "dense")
 PASSES = ("forward", "forward+backward")
 
 
-def build(backend, method, backward):
-    """Returns a compiled function of (query, key, value, upstream), and a waiter."""
+def build(backend, method, backward, rounds):
+    """Returns a compiled function of (query, key, value, upstream), and a waiter.
+
+    With several `rounds` the program does its work so many times, each with queries
+    that depend on the round before.
+    """
     from tokenlearner_keras.ops import vector_attention
+
+    def forward(q, k, v):
+        return vector_attention(q, k, v, method=method)
 
     if backend == "jax":
         import jax
 
-        def forward(q, k, v, g):
-            return vector_attention(q, k, v, method=method)
-
         def both(q, k, v, g):
-            output, pullback = jax.vjp(lambda *a: forward(*a, g), q, k, v)
+            output, pullback = jax.vjp(forward, q, k, v)
             return output, *pullback(g)
 
-        return jax.jit(both if backward else forward), jax.block_until_ready
-    import tensorflow as tf
+    else:
+        import tensorflow as tf
 
-    @tf.function(jit_compile=True)
+        def both(q, k, v, g):
+            with tf.GradientTape() as tape:
+                tape.watch((q, k, v))
+                output = forward(q, k, v)
+            return output, *tape.gradient(output, (q, k, v), g)
+
+    def once(q, k, v, g):
+        return both(q, k, v, g) if backward else (forward(q, k, v),)
+
     def run(q, k, v, g):
-        if not backward:
-            return vector_attention(q, k, v, method=method)
-        with tf.GradientTape() as tape:
-            tape.watch((q, k, v))
-            output = vector_attention(q, k, v, method=method)
-        return output, *tape.gradient(output, (q, k, v), g)
+        if rounds == 1:
+            return once(q, k, v, g)
+
+        def body(index, q, *_):
+            results = once(q, k, v, g)
+            # All results are carried, so that none is left out.
+            change = results[1] if backward else results[0]
+            return index + 1, q + 1e-3 * change, *results
+
+        carry = q, q, *((q, k, v) if backward else ())
+        if backend == "jax":
+            carry = jax.lax.fori_loop(0, rounds, lambda i, c: body(i, *c)[1:], carry)
+        else:
+            carry = tf.while_loop(
+                lambda index, *_: index < rounds,
+                body,
+                (tf.constant(0), *carry),
+                maximum_iterations=rounds,
+            )[1:]
+        return carry[1:]
+
+    if backend == "jax":
+        return jax.jit(run), jax.block_until_ready
+    run = tf.function(run, jit_compile=True)
 
     def wait(outputs):
         # One number is enough: the program is one.
@@ -132,7 +162,7 @@ def run_case(options):
     for _ in range(3 if on_gpu else 1):
         arrays = [rng.standard_normal(shape).astype("float32") for _ in range(4)]
         sets.append([keras.ops.convert_to_tensor(a) for a in arrays])
-    run, wait = build(backend, options.method, options.backward)
+    run, wait = build(backend, options.method, options.backward, options.rounds)
     before = peak_memory(backend, on_gpu)
     start = time.perf_counter()
     wait(run(*sets[0]))
@@ -142,13 +172,13 @@ def run_case(options):
         compiled = run.lower(*sets[0]).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
     times, begin = [], time.perf_counter()
-    calls = 20 if on_gpu else 1
+    calls = max(1, 20 // options.rounds) if on_gpu else 1
     while time.perf_counter() - begin < options.seconds or len(times) < 3:
         start = time.perf_counter()
         for i in range(calls):
             outputs = run(*sets[i % len(sets)])
         wait(outputs)
-        times.append((time.perf_counter() - start) / calls)
+        times.append((time.perf_counter() - start) / calls / options.rounds)
     if not on_gpu and backend == "tensorflow":
         temporary = memory_of_a_call(lambda: wait(run(*sets[0])))
     return {
@@ -205,6 +235,7 @@ def spawn(case):
         *(sys.executable, __file__, "--case", "--method", case.method),
         *("--tokens", str(case.tokens), "--batch", str(case.batch)),
         *("--channels", str(case.channels), "--seconds", str(case.seconds)),
+        *("--rounds", str(case.rounds)),
     ]
     command += ["--backward"] if case.backward else []
     done = subprocess.run(
@@ -229,6 +260,12 @@ def write(rows, options):
         "(fastest in parentheses), MiB of temporaries, seconds of the first call.",
         "",
     ]
+    if options.rounds > 1:
+        lines += [
+            f"Each program has {options.rounds} calls, one after the other, in a loop; "
+            "times are those of one.",
+            "",
+        ]
     if options.note:
         lines += [options.note, ""]
     lines += [
@@ -288,6 +325,12 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--channels", type=int, default=432)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        help="calls inside each program: leaves out what Python takes to start one",
+    )
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--dense-limit", type=float, default=8e9)
     parser.add_argument("--note", default="", help="a sentence for the table")
