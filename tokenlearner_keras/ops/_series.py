@@ -96,7 +96,7 @@ def finite_mean(total, count):
     return ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
 
 
-def check_fit(ratio, s, total, axis):
+def check_fit(ratio, s, total):
     """Returns whether a series is exact enough, by channel.
 
     Args:
@@ -104,19 +104,21 @@ def check_fit(ratio, s, total, axis):
             what alternates here has the same sign.
         s: Scaled queries, of the same shape.
         total: Sum of the values, by channel.
-        axis: Axis of the queries.
+
+    Of shapes `(batch, queries, d)` and `(batch, 1, d)`, or `(channels, queries)` and
+    `(channels, 1)`.
     """
     # Comparisons that NaN fails. A sum, since XLA for CPUs makes a branch for each
     # element of a choice between a long expression and a number.
     outside = ops.where(ops.abs(s) <= 1, ops.zeros_like(s), float("inf"))
     ratio = ratio * ratio + outside
-    if axis == 1:
+    if len(s.shape) == 3:
         # A product with ones: XLA for CPUs makes more of it than of a sum over rows.
         ones = ops.ones_like(ratio[:, :, :1])
         cancellation = ops.matmul(ops.transpose(ones, (0, 2, 1)), ratio)
     else:
-        cancellation = ops.sum(ratio, axis=axis, keepdims=True)
-    limit = MAX_CANCELLATION**2 * ops.cast(ops.shape(s)[axis], s.dtype)
+        cancellation = ops.sum(ratio, axis=1, keepdims=True)
+    limit = MAX_CANCELLATION**2 * ops.cast(ops.shape(s)[1], s.dtype)
     return ops.logical_and(cancellation <= limit, ops.isfinite(total))
 
 

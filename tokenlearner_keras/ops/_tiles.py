@@ -232,7 +232,7 @@ def evaluate(coefficients, x):
     return ops.add(*halves(coefficients, x))
 
 
-def enter(x):
+def enter(x, channels):
     """Returns a tensor `(batch, tokens, d)` in the form of the functions below."""
     return x
 
@@ -298,7 +298,7 @@ def outputs(query, sums, frame, size):
 def fits(query, sums, frame, size):
     """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
     denominator, opposite, s = denominators(query, sums, frame, size)
-    return check_fit(opposite / denominator, s, sums[1][0], axis=1)
+    return check_fit(opposite / denominator, s, sums[1][0])
 
 
 def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):

@@ -264,10 +264,9 @@ def _fused_function(method, num_terms, dtype, plain):
         return None
     from tokenlearner_keras.ops import _fused
 
-    mode = _fused.mode(dtype)
-    count = num_terms or (
-        _series.AUTO_TERMS[0] if method == "auto" else INTERPOLATED_TERMS
-    )
+    # Not the shortest series: a channel that it does not reach costs its neighbours
+    # quadratic time.
+    mode, count = _fused.mode(dtype), num_terms or INTERPOLATED_TERMS
     if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
         return None
     return _fused.attention(
@@ -312,17 +311,25 @@ def _streaming_pair(extras, center):
     return forward, backward
 
 
-def _form():
-    """Returns the module that computes the series on the device at hand."""
-    return _wide if _wide.is_best() else _tiles
+def _form(query):
+    """Returns the module that computes the series on the device at hand.
+
+    And its functions that bring tensors into its form and back.
+    """
+    form, channels = _wide if _wide.is_best() else _tiles, query.shape[-1]
+    enter, leave = (
+        functools.partial(function, channels=channels)
+        for function in (form.enter, form.leave)
+    )
+    return form, enter, leave
 
 
 def _interpolated_pair(size, has_mask):
     """Forward and backward function of `"interpolated"`."""
 
     def forward(*args):
-        form = _form()
-        query, key, value, mask = map(form.enter, args)
+        form, enter, leave = _form(args[0])
+        query, key, value, mask = map(enter, args)
         mask = mask if has_mask else None
         frame = form.frame(key, value, mask)
         sums = form.key_sums(key, value, mask, frame, size)
@@ -330,20 +337,20 @@ def _interpolated_pair(size, has_mask):
         kept = form.fits(query, sums, frame, size)
         # Never silently wrong.
         poison = ops.where(kept, ops.zeros_like(frame.mean), float("nan"))
-        result = form.leave(output + (frame.mean + poison))
+        result = leave(output + (frame.mean + poison))
         return result, (output, poison, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        form = _form()
-        query, key, value, key_mask = map(form.enter, args)
+        form, enter, leave = _form(args[0])
+        query, key, value, key_mask = map(enter, args)
         output, poison, middle, half, mean, *sums = residuals
         frame = _series.Frame(middle, half, mean)
         mask = key_mask if has_mask else None
-        upstream = form.enter(upstream) + poison
+        upstream = enter(upstream) + poison
         to_query, *rest = form.gradients(
             query, key, value, mask, sums, frame, output, upstream, size
         )
-        return (*map(form.leave, (to_query, *(x * key_mask for x in rest))), None)
+        return (*map(leave, (to_query, *(x * key_mask for x in rest))), None)
 
     return forward, backward
 
@@ -353,8 +360,8 @@ def _auto_pair(sizes, has_mask):
     number = len(sizes)
 
     def forward(*args):
-        form = _form()
-        query, key, value, key_mask = map(form.enter, args)
+        form, enter, leave = _form(args[0])
+        query, key, value, key_mask = map(enter, args)
         mask = key_mask if has_mask else None
         frame = form.frame(key, value, mask)
         sums = form.key_sums(key, value, mask, frame, sizes[0])
@@ -364,7 +371,7 @@ def _auto_pair(sizes, has_mask):
             return ops.all(form.fits(query, sums, frame, size))
 
         def result(output, index):
-            results = form.leave(output + frame.mean), output
+            results = leave(output + frame.mean), output
             return *results, ops.cast(index, "int32")
 
         def shortest():
@@ -377,9 +384,9 @@ def _auto_pair(sizes, has_mask):
 
         def exact():
             query, key, value, key_mask = args
-            centred = (value - form.leave(frame.mean)) * key_mask
+            centred = (value - leave(frame.mean)) * key_mask
             output = _streaming.forward(query, key, centred, key_mask, slopes=False)[0]
-            return result(form.enter(output), number)
+            return result(enter(output), number)
 
         def otherwise():
             z = ops.max(ops.abs(query) * frame.half)
@@ -399,28 +406,28 @@ def _auto_pair(sizes, has_mask):
         return output, (centred, index, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        form = _form()
+        form, enter, leave = _form(args[0])
         output, index, middle, half, mean, *saved = residuals
         frame = _series.Frame(middle, half, mean)
 
         def series(index):
             def branch():
-                query, key, value, key_mask = map(form.enter, args)
+                query, key, value, key_mask = map(enter, args)
                 mask = key_mask if has_mask else None
                 sums = saved
                 if index > 0:
                     sums = form.key_sums(key, value, mask, frame, sizes[index])
                 to_query, *rest = form.gradients(
                     *(query, key, value, mask, sums, frame, output),
-                    *(form.enter(upstream), sizes[index]),
+                    *(enter(upstream), sizes[index]),
                 )
-                return tuple(map(form.leave, (to_query, *(x * key_mask for x in rest))))
+                return tuple(map(leave, (to_query, *(x * key_mask for x in rest))))
 
             return branch
 
         def exact():
             query, key, value, key_mask = args
-            tensors = query, key, (value - form.leave(mean)) * key_mask, key_mask
+            tensors = query, key, (value - leave(mean)) * key_mask, key_mask
             again, denominator, slope = _streaming.forward(*tensors)
             factor = upstream / denominator
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
