@@ -8,6 +8,8 @@ import statistics
 import time
 from pathlib import Path
 
+import plots
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "jax", "torch", "numpy")
 
@@ -185,7 +187,8 @@ def markdown_table(rows):
 
 
 def write_results(name, title, rows, notes=(), data=None, folder=RESULTS):
-    """Writes `name.md` (a table and notes) and `name.json`, and prints the table."""
+    """Writes `name.md` (a table and notes), `name.json` and, where `plots` knows how,
+    `name.png`, and prints the table."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = machine()
@@ -203,6 +206,12 @@ def write_results(name, title, rows, notes=(), data=None, folder=RESULTS):
         beside.write_text(content)
         os.replace(beside, path)
     print("\n".join(text))
+    try:
+        plots.draw(name, title, rows, folder)
+    except ImportError:
+        print(
+            "No plot: matplotlib is not installed. `python benchmarks/plots.py` draws it."
+        )
 
 
 def _processor():
