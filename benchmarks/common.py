@@ -209,9 +209,7 @@ def write_results(name, title, rows, notes=(), data=None, folder=RESULTS):
     try:
         plots.draw(name, title, rows, folder)
     except ImportError:
-        print(
-            "No plot: matplotlib is not installed. `python benchmarks/plots.py` draws it."
-        )
+        print("No plot: matplotlib is missing. `python benchmarks/plots.py` draws it.")
 
 
 def _processor():
