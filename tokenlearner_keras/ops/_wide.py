@@ -28,9 +28,10 @@ def is_best():
 
 
 def enter(x, channels):
-    """Returns `(batch, tokens, d)` as `(batch * d, tokens)`; one channel counts for all.
+    """Returns `(batch, tokens, d)` as `(batch * d, tokens)`.
 
-    Of two axes, since XLA would else keep the order in memory and call it another.
+    Of two axes, since XLA would else keep the order in memory and call it another. A
+    single channel, such as a mask's, becomes `channels`.
     """
     x = ops.transpose(x, (0, 2, 1))
     if x.shape[1] != channels:
@@ -94,9 +95,9 @@ def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
 
 
 def _moments(x, factors, count):
-    """Returns the sums of `x^p y` for each `y`, `None` for one; `(count, batch * d, 1)`.
+    """Returns the sums of `x^p y` for each `y`, tensors `(count, batch * d, 1)`.
 
-    Powers by logarithms: they err by at most about half of float rounding at one.
+    A `y` of `None` is one. Powers by logarithms: they err by at most about half of float rounding at one.
     """
     exponents = ops.reshape(ops.arange(count), (count, 1, 1))
     size = ops.log(ops.maximum(ops.abs(x), 1e-37))
