@@ -97,7 +97,8 @@ def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
 def _moments(x, factors, count):
     """Returns the sums of `x^p y` for each `y`, tensors `(count, batch * d, 1)`.
 
-    A `y` of `None` is one. Powers by logarithms: they err by at most about half of float rounding at one.
+    A `y` of `None` is one. Powers by logarithms err by at most about half of float
+    rounding at one.
     """
     exponents = ops.reshape(ops.arange(count), (count, 1, 1))
     size = ops.log(ops.maximum(ops.abs(x), 1e-37))
