@@ -5,8 +5,8 @@
 Keras's training step (forward, backward, AdamW, metrics) is compiled by XLA for one
 device and for all of them, with the batch spread over the devices and the weights on
 each. State and batch lie on the devices before anything is timed; one device and all of
-them take turns in one process. All programs are compiled side by side in threads.
-Writes distributed_jax.md and .json, after each model and precision.
+them take turns in one process. The programs of a pair are compiled at once. Writes
+distributed_jax.md and .json after each pair: a model in one precision.
 
 `--check-steps 4` also compares the losses of the first steps on the same batches.
 `--models toy_vit toy_video --virtual-cpus 2` tries the script without a GPU. Flags
@@ -251,26 +251,21 @@ class Pair:
         return rates
 
 
-def compile_all(arguments, devices):
-    """Returns the pairs that could be compiled."""
-    workers = arguments.threads or os.cpu_count()
-    jobs = []
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for name in arguments.models:
-            for precision in arguments.precisions:
-                pair = Pair(name, precision, devices, arguments)
-                programs = pair.timed + pair.checked
-                jobs.append((pair, [pool.submit(p.compile) for p in programs]))
-    pairs = []
-    for pair, futures in jobs:
-        errors = [future.exception() for future in futures]
-        errors = [error for error in errors if error is not None]
-        if errors:
-            # The others are worth their time on the machine.
-            log(f"{pair.name}, {pair.precision}: does not compile: {errors[0]}")
-        else:
-            pairs.append(pair)
-    return pairs
+def compiled_pairs(arguments, devices):
+    """Yields the pairs that can be compiled, each before the next one is begun."""
+    for name in arguments.models:
+        for precision in arguments.precisions:
+            pair = Pair(name, precision, devices, arguments)
+            programs = pair.timed + pair.checked
+            with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
+                futures = [pool.submit(program.compile) for program in programs]
+            errors = [future.exception() for future in futures]
+            errors = [error for error in errors if error is not None]
+            if errors:
+                # The others are worth their time on the machine.
+                log(f"{name}, {precision}: does not compile: {errors[0]}")
+            else:
+                yield pair
 
 
 def rows_of(pair, rates, losses):
@@ -312,12 +307,8 @@ def main(arguments):
     devices = jax.devices()
     if len(devices) < 2:
         raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
-    pairs = compile_all(arguments, devices)
-    if sys.modules["tensorflow"] is not None:
-        raise SystemExit("TensorFlow was imported.")
     rows, data, failed = [], {"arguments": vars(arguments), "runs": []}, []
-    while pairs:
-        pair = pairs.pop(0)
+    for pair in compiled_pairs(arguments, devices):
         label = f"{pair.name}, {pair.precision}"
         if pair.memory > arguments.memory_limit:
             log(
@@ -370,7 +361,7 @@ def main(arguments):
             data=data,
             folder=arguments.folder or RESULTS,
         )
-        del pair, programs
+        del programs
         gc.collect()
     if failed or not rows:
         raise SystemExit(f"Not timed: {failed or 'all'}")
@@ -393,7 +384,6 @@ def parse(args=None):
     parser.add_argument("--warmup", type=int, default=3, help="steps")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--memory-limit", type=float, default=74, help="GiB a device")
-    parser.add_argument("--threads", type=int, help="compile so many at once")
     parser.add_argument("--virtual-cpus", type=int, default=0)
     parser.add_argument("--output", default="distributed_jax", help="name of the files")
     parser.add_argument("--folder", help="of the result files")
