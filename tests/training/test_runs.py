@@ -50,6 +50,7 @@ def test_misuse(tmp_path, capsys):
     assert "prepared TFDS builder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_command(tmp_path, capsys):
     arguments = ["train", "digits", "--strategy=cpu", "--precision=mixed_bfloat16"]
     arguments += ["--num_steps=6", "--steps_per_epoch=3", "--save_freq=2"]
