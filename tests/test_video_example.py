@@ -126,6 +126,7 @@ def test_fashion_mnist_where_present(example):
     assert train.std() > 30
 
 
+@pytest.mark.slow
 def test_a_folder_of_real_videos(example, tmp_path, capsys):
     import shutil
 

@@ -153,7 +153,9 @@ def test_gradients_reach_every_weight(name):
         assert np.any(gradient != 0), path
 
 
-@pytest.mark.parametrize("name", ["v1", "fuser_token", "dropouts"])
+@pytest.mark.parametrize(
+    "name", ["v1", pytest.param("fuser_token", marks=pytest.mark.slow), "dropouts"]
+)
 def test_training_lowers_the_loss(name):
     model = vit(CONFIG, SHAPE, 3, **BUILDERS[name])
     # Zero head kernel: the first logits are all zero.

@@ -121,6 +121,7 @@ def test_parameters_of_a_published_size(monkeypatch):
     assert model.get_layer("block_6").output.shape == (None, 16 * 8, dim)
 
 
+@pytest.mark.slow
 def test_a_train_step_and_mixed_precision():
     reference = build(**BUILDERS["fuser"])
     model = vivit(

@@ -44,7 +44,9 @@ def assert_accurate(query, key, value, methods=("auto",), mask=None, seed=0):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 512, 2048])
+@pytest.mark.parametrize(
+    "tokens", [1, 2, 7, 64, 512, pytest.param(2048, marks=pytest.mark.slow)]
+)
 def test_accuracy(tokens, scale):
     rng = np.random.default_rng(tokens)
     # Few channels where the reference and the blocks take longer.

@@ -51,7 +51,11 @@ def values(layer):
 
 
 @pytest.mark.parametrize(
-    "train", [pytest.param("all", marks=pytest.mark.slow), "after", "token_learner"]
+    "train",
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "after")),
+        "token_learner",
+    ],
 )
 def test_student_comes_nearer(models, train):
     teacher, images, labels = models
@@ -155,6 +159,7 @@ def test_the_loss_is_the_documented_sum(models):
     assert found["total_loss"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_targets_can_be_left_out(models):
     _, both = losses_of(models)
     _, logits = losses_of(models, feature_weight=0)
@@ -166,6 +171,7 @@ def test_targets_can_be_left_out(models):
     assert labels["total_loss"] == pytest.approx(labels["student_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_learning_rate_is_warmed_up_and_decays(models):
     teacher, images, labels = models
     rates = []

@@ -79,6 +79,7 @@ def test_batch_normalization(state_results):
     assert_equal(state_results, "norm", 2)
 
 
+@pytest.mark.slow
 def test_replicas_stay_the_same_under_batch_normalization_and_dropout(state_results):
     result = state_results["dropout"]
     assert result["replicas_differ_by"] == 0
@@ -87,6 +88,7 @@ def test_replicas_stay_the_same_under_batch_normalization_and_dropout(state_resu
     assert result["loss"][-1] < result["loss"][0]
 
 
+@pytest.mark.slow
 def test_callbacks(state_results):
     assert_equal(state_results, "callbacks", 2)
     assert state_results["callbacks_2"]["rate"] < 0.1
