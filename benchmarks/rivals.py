@@ -46,7 +46,7 @@ import tokenlearner_keras as tlk
 
 SIZES = {"S/16": (384, 6, 1536), "B/16": (768, 12, 3072)}
 LAYER_SIZES = ((14, 14, 384), (24, 24, 768))
-LAYERS = ("k3im", "v1", "v10", "v11")
+LAYERS = ("k3im", "v1", "video", "v10", "v11")
 K3IM_NOTES = (
     "k3im gives every head the whole width (12 heads of 768 for B/16), so that its "
     "attention has about `heads` times the weights of a ViT's.",
