@@ -7,6 +7,7 @@ from keras import ops
 from tests.ops.test_vector_attention import HARD, normal
 from tests.ops.vector_attention_reference import (
     BACKEND,
+    assert_accurate,
     reference,
     relative_errors,
     value_and_gradients,
@@ -25,23 +26,6 @@ from tokenlearner_keras.ops import _fused
 def interpreted():
     with _fused.force("interpret"):
         yield
-
-
-def assert_accurate(query, key, value, mask=None, method="auto"):
-    """At most 1e-5, or twice the error of float32 `dense`."""
-    upstream = normal(np.random.default_rng(0), query.shape[1], 1, query.shape[2])
-    upstream = np.repeat(upstream, query.shape[0], axis=0)
-    pairs = None if mask is None else mask[:, None]
-    arguments = query, key, value, upstream
-    expected = reference(*arguments, pairs)
-    limits = relative_errors(
-        value_and_gradients(*arguments, method="dense", mask=mask), expected
-    )
-    errors = relative_errors(
-        value_and_gradients(*arguments, jit=True, method=method, mask=mask), expected
-    )
-    for name, error, limit in zip(("value", "dq", "dk", "dv"), errors, limits):
-        assert error <= max(1e-5, 2 * limit), (name, error, limit)
 
 
 def programs(query, key, value, mask=None):
@@ -68,7 +52,7 @@ def programs(query, key, value, mask=None):
 def test_accuracy(scale, queries, keys, channels):
     rng = np.random.default_rng(queries)
     q, k = normal(rng, queries, scale, channels), normal(rng, keys, scale, channels)
-    assert_accurate(q, k, normal(rng, keys, 1, channels))
+    assert_accurate(q, k, normal(rng, keys, 1, channels), jit=True)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0])
@@ -76,7 +60,7 @@ def test_accuracy(scale, queries, keys, channels):
 def test_accuracy_on_hard_inputs(name, scale):
     rng = np.random.default_rng(1)
     q, k, v = (normal(rng, 130) for _ in range(3))
-    assert_accurate(*HARD[name](rng, np.float32(scale) * q, k, v))
+    assert_accurate(*HARD[name](rng, np.float32(scale) * q, k, v), jit=True)
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0])
@@ -88,7 +72,7 @@ def test_masks_and_cross_attention(scale):
     mask = rng.random((3, 61)) < 0.5
     mask[1] = True
     mask[2] = False
-    assert_accurate(q, np.where(mask[..., None], k, 0), v, mask)
+    assert_accurate(q, np.where(mask[..., None], k, 0), v, mask=mask, jit=True)
     output = vector_attention(q, k, v, mask=mask)
     np.testing.assert_array_equal(np.asarray(output)[2], 0)
     # What stands in masked positions does not matter.
@@ -103,7 +87,7 @@ def test_one_difficult_channel_leaves_the_others_alone():
     q, k, v = (normal(rng, 64, 1, 24) for _ in range(3))
     k[..., 10] *= 50
     np.testing.assert_array_equal(programs(q, k, v), [[False, True, False]])
-    assert_accurate(q, k, v)
+    assert_accurate(q, k, v, jit=True)
 
 
 def test_a_short_series_is_enough_for_ordinary_inputs():

@@ -7,6 +7,7 @@ from keras import ops
 
 from tests.ops.vector_attention_reference import (
     BACKEND,
+    assert_accurate,
     reference,
     relative_errors,
     value_and_gradients,
@@ -24,23 +25,6 @@ SCALES = (0.01, 0.3, 1.0, 3.0, 10.0)
 
 def normal(rng, tokens, scale=1.0, channels=SHAPE_CHANNELS):
     return (scale * rng.standard_normal((1, tokens, channels))).astype("float32")
-
-
-def assert_accurate(query, key, value, methods=("auto",), mask=None, seed=0):
-    """At most 1e-5, or twice the error of float32 `dense`."""
-    upstream = normal(np.random.default_rng(seed), query.shape[1], 1, query.shape[2])
-    pairs = None if mask is None else (mask if mask.ndim == 3 else mask[:, None])
-    expected = reference(query, key, value, upstream, pairs)
-    arguments = query, key, value, upstream
-    dense = relative_errors(
-        value_and_gradients(*arguments, method="dense", mask=mask), expected
-    )
-    for method in methods:
-        errors = relative_errors(
-            value_and_gradients(*arguments, method=method, mask=mask), expected
-        )
-        for name, error, limit in zip(("value", "dq", "dk", "dv"), errors, dense):
-            assert error <= max(1e-5, 2 * limit), (method, name, error, limit)
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -108,3 +108,20 @@ def relative_errors(actual, expected):
         scale = norm if norm > 1e-12 * np.sqrt(e.size) else np.sqrt(e.size)
         errors.append(float(np.linalg.norm(a.astype("float64") - e) / scale))
     return errors
+
+
+def assert_accurate(query, key, value, methods=("auto",), mask=None, seed=0, jit=False):
+    """At most 1e-5, or twice the error of float32 `dense`."""
+    upstream = np.random.default_rng(seed).standard_normal(query.shape)
+    arguments = query, key, value, upstream.astype("float32")
+    pairs = None if mask is None else (mask if mask.ndim == 3 else mask[:, None])
+    expected = reference(*arguments, pairs)
+    dense = relative_errors(
+        value_and_gradients(*arguments, method="dense", mask=mask), expected
+    )
+    for method in methods:
+        errors = relative_errors(
+            value_and_gradients(*arguments, jit=jit, method=method, mask=mask), expected
+        )
+        for name, error, limit in zip(("value", "dq", "dk", "dv"), errors, dense):
+            assert error <= max(1e-5, 2 * limit), (method, name, error, limit)

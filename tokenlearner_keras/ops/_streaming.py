@@ -106,7 +106,7 @@ def backward(query, key, value, key_mask, output, factor, pair_mask=None, drop=N
 
 
 def key_limits(key, key_mask):
-    """Returns the smallest and the largest valid key, `(batch, 1, d)`; else zeros."""
+    """Returns the smallest and the largest valid key of axis 1; zeros without any."""
     infinity = ops.full_like(key, float("inf"))
     low = ops.min(ops.where(key_mask > 0, key, infinity), axis=1, keepdims=True)
     high = ops.max(ops.where(key_mask > 0, key, -infinity), axis=1, keepdims=True)

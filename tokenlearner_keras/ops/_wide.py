@@ -11,6 +11,7 @@ from keras import ops
 
 from tokenlearner_keras.ops import _tiles
 from tokenlearner_keras.ops._series import Frame, check_fit, finite_mean, half_range
+from tokenlearner_keras.ops._streaming import key_limits
 
 outputs = _tiles.outputs
 
@@ -47,17 +48,12 @@ def leave(x, channels):
 
 
 def frame(key, value, key_mask):
-    low = high = key
-    count = ops.shape(value)[1]
-    if key_mask is not None:
-        infinity = ops.full_like(key, float("inf"))
-        low = ops.where(key_mask > 0, key, infinity)
-        high = ops.where(key_mask > 0, key, -infinity)
+    if key_mask is None:
+        low, high = (f(key, axis=1, keepdims=True) for f in (ops.min, ops.max))
+        count = ops.shape(value)[1]
+    else:
+        low, high = key_limits(key, key_mask)
         count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-    low = ops.min(low, axis=1, keepdims=True)
-    high = ops.max(high, axis=1, keepdims=True)
-    empty = low > high
-    low, high = (ops.where(empty, ops.zeros_like(x), x) for x in (low, high))
     total = ops.sum(value, axis=1, keepdims=True)
     mean = finite_mean(total, ops.cast(count, value.dtype))
     return Frame(low / 2 + high / 2, half_range(low, high), mean)
