@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from pathlib import Path
@@ -145,6 +146,23 @@ def inference_step(model, inputs, jit=True, in_sequence=False):
     if jit:
         step.compiled = call
     return step
+
+
+def program_bytes(compiled):
+    """Returns the bytes on a device of one of JAX's executables, by XLA's account."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        # What a step is given and overwrites is input and output at once.
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def count_collective(compiled, kind="all-reduce"):
+    """Returns how many collectives of a kind one of JAX's executables has."""
+    return len(re.findall(rf" {kind}(?:-start)?\(", compiled.as_text()))
 
 
 def repeated(step, count):

@@ -17,7 +17,6 @@ import argparse
 import concurrent.futures
 import gc
 import os
-import re
 import sys
 import time
 
@@ -147,19 +146,16 @@ class Program:
         log(f"{self.label}: lowered in {time.perf_counter() - start:.0f} s")
 
     def compile(self):
+        from common import count_collective, program_bytes
+
         start = time.perf_counter()
         self.compiled = self.lowered.compile()
         self.lowered = None
         self.seconds = time.perf_counter() - start
-        text = self.compiled.as_text()
-        self.all_reduces = len(re.findall(r" all-reduce(?:-start)?\(", text))
-        memory = self.compiled.memory_analysis()
-        self.held = memory.argument_size_in_bytes / 2**30
-        self.used = (
-            memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        ) / 2**30
+        self.all_reduces = count_collective(self.compiled)
+        arguments = self.compiled.memory_analysis().argument_size_in_bytes
+        self.held = arguments / 2**30
+        self.used = (program_bytes(self.compiled) - arguments) / 2**30
         log(
             f"{self.label}: compiled in {self.seconds:.0f} s, {self.all_reduces} "
             f"all-reduces, {self.held:.2f} GiB of arguments and {self.used:.2f} beside"

@@ -35,6 +35,7 @@ from common import (
     inference_step,
     machine,
     median,
+    program_bytes,
     repeated,
     time_in_turns,
     training_step,
@@ -275,13 +276,7 @@ def gpu_cases(sizes, works, batch_sizes, image_size, repeats):
 
 def compiled_memory(step):
     """Returns MiB on the device by XLA's account, or `None` where there is none."""
-    if not hasattr(step, "compiled"):
-        return None
-    memory = step.compiled.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    # Weights that a step is given are overwritten: input and output at once.
-    size += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    return size / 2**20
+    return program_bytes(step.compiled) / 2**20 if hasattr(step, "compiled") else None
 
 
 def run_gpu_case(size, work, batch_size, image_size, repeats):

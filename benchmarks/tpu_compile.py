@@ -50,6 +50,7 @@ def compile_step(name, topology_name, batch_size=None):
     import jax
     import keras
     import numpy as np
+    from common import count_collective, program_bytes
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -97,13 +98,6 @@ def compile_step(name, topology_name, batch_size=None):
     seconds = time.perf_counter() - start
 
     text = compiled.as_text()
-    memory = compiled.memory_analysis()
-    used = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
     cost = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     return {
@@ -112,12 +106,9 @@ def compile_step(name, topology_name, batch_size=None):
         "devices": int(devices.size),
         "batch_per_device": per_device,
         "gflops_per_example": cost["flops"] / per_device / 1e9,
-        "memory_gib": used / 2**30,
+        "memory_gib": program_bytes(compiled) / 2**30,
         "memory_limit_gib": TOPOLOGIES[topology_name],
-        "collectives": {
-            kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
-            for kind in COLLECTIVES
-        },
+        "collectives": {kind: count_collective(compiled, kind) for kind in COLLECTIVES},
         # A dynamic dimension is written as a bound: f32[<=8,16].
         "dynamic_shapes": len(re.findall(r"\[[^\]]*<=\d", text)),
         "seconds": seconds,
