@@ -5,8 +5,9 @@
 Keras's training step (forward, backward, AdamW, metrics) is compiled by XLA for one
 device and for all of them, with the batch spread over the devices and the weights on
 each. State and batch lie on the devices before anything is timed; one device and all of
-them take turns in one process. The programs of a pair are compiled at once. Writes
-distributed_jax.md and .json after each pair: a model in one precision.
+them take turns in one process. The programs of a pair are compiled one after the other,
+so that XLA finds what it tuned for the one before. Writes distributed_jax.md and .json
+after each pair: a model in one precision.
 
 `--check-steps 4` also compares the losses of the first steps on the same batches.
 `--models toy_vit toy_video --virtual-cpus 2` tries the script without a GPU. Flags
@@ -14,7 +15,6 @@ of XLA come from the environment variable `XLA_FLAGS`, and are named in the resu
 """
 
 import argparse
-import concurrent.futures
 import gc
 import os
 import sys
@@ -249,17 +249,17 @@ class Pair:
 
 def compiled_pairs(arguments, devices):
     """Yields the pairs that can be compiled, each before the next one is begun."""
+    import jax
+
     for name in arguments.models:
         for precision in arguments.precisions:
             pair = Pair(name, precision, devices, arguments)
-            programs = pair.timed + pair.checked
-            with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
-                futures = [pool.submit(program.compile) for program in programs]
-            errors = [future.exception() for future in futures]
-            errors = [error for error in errors if error is not None]
-            if errors:
+            try:
+                for program in pair.timed + pair.checked:
+                    program.compile()
+            except jax.errors.JaxRuntimeError as error:
                 # The others are worth their time on the machine.
-                log(f"{name}, {precision}: does not compile: {errors[0]}")
+                log(f"{name}, {precision}: does not compile: {error}")
             else:
                 yield pair
 

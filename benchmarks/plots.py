@@ -42,6 +42,9 @@ PLOTS = {
     ),
     "cpu_profile": Plot(("ms",), labels=("forms",), panels=("work",)),
     "distributed": Plot(("examples/s",), labels=("devices",), panels=("precision",)),
+    "distributed_jax": Plot(
+        ("examples/s",), labels=("devices",), panels=("model", "precision")
+    ),
     "export_latency": Plot(
         ("plain, images/s", "TokenLearner, images/s"), labels=("runtime", "batch")
     ),
