@@ -34,8 +34,8 @@ PASSES = ("forward", "forward+backward")
 def build(backend, method, backward, rounds):
     """Returns a compiled function of (query, key, value, upstream), and a waiter.
 
-    With several `rounds` the program does its work so many times, each with queries
-    that depend on the round before.
+    With several `rounds` the program does its work so many times, each on tensors that
+    depend on the round before, so that no part of it can be done once for all.
     """
     from tokenlearner_keras.ops import vector_attention
 
@@ -65,13 +65,13 @@ def build(backend, method, backward, rounds):
         if rounds == 1:
             return once(q, k, v, g)
 
-        def body(index, q, *_):
-            results = once(q, k, v, g)
+        def body(index, inputs, *_):
+            results = once(*inputs)
             # All results are carried, so that none is left out.
-            change = results[1] if backward else results[0]
-            return index + 1, q + 1e-3 * change, *results
+            inputs = tuple(x + 1e-3 * results[0] for x in inputs)
+            return index + 1, inputs, *results
 
-        carry = q, q, *((q, k, v) if backward else ())
+        carry = (q, k, v, g), q, *((q, k, v) if backward else ())
         if backend == "jax":
             carry = jax.lax.fori_loop(0, rounds, lambda i, c: body(i, *c)[1:], carry)
         else:
@@ -85,13 +85,15 @@ def build(backend, method, backward, rounds):
 
     if backend == "jax":
         return jax.jit(run), jax.block_until_ready
-    run = tf.function(run, jit_compile=True)
+    on_gpu = bool(tf.config.list_physical_devices("GPU"))
 
     def wait(outputs):
-        # One number is enough: the program is one.
-        return float(tf.nest.flatten(outputs)[0][0, 0, 0])
+        first = tf.nest.flatten(outputs)[0]
+        # Of a GPU one number is enough: the program is one. On a CPU, where NumPy sees
+        # the tensor as it is, taking that number would take longer than starting it.
+        return (first[0, 0, 0] if on_gpu else first).numpy()
 
-    return run, wait
+    return tf.function(run, jit_compile=True), wait
 
 
 def peak_memory(backend, on_gpu):
