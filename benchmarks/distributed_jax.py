@@ -303,7 +303,9 @@ def main(arguments):
     devices = jax.devices()
     if len(devices) < 2:
         raise SystemExit(f"Needs two or more GPUs, or --virtual-cpus. Found: {devices}")
-    rows, data, failed = [], {"arguments": vars(arguments), "runs": []}, []
+    # Where the files go says nothing of what was measured.
+    recorded = {k: v for k, v in vars(arguments).items() if k != "folder"}
+    rows, data, failed = [], {"arguments": recorded, "runs": []}, []
     for pair in compiled_pairs(arguments, devices):
         label = f"{pair.name}, {pair.precision}"
         if pair.memory > arguments.memory_limit:
