@@ -9,7 +9,7 @@ from tokenlearner_keras.layers._checks import (
     check_rate,
     resolve_grid,
 )
-from tokenlearner_keras.layers._forms import compiled_for_cpu, is_literal
+from tokenlearner_keras.layers._forms import compiled_for_cpu, is_literal, on_gpu
 from tokenlearner_keras.layers._initializers import clone_initializer
 from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
@@ -395,17 +395,17 @@ class TokenLearner(keras.layers.Layer):
 def _convolve(layer, x):
     """Applies a convolution of many channels to few tokens.
 
-    XLA copies the input in another order for the kernel's gradient on a CPU. There, a
-    matrix product gives what each tap of the kernel adds, and shifts of these few
-    channels are summed.
+    A matrix product gives what each tap of the kernel adds, and shifts of these few
+    channels are summed. On a CPU, XLA would copy the input in another order for the
+    kernel's gradient; on a GPU, a convolution of so few filters is slow.
     """
     channels, size, filters = x.shape[-1], layer.kernel_size[0], layer.filters
     dtype = layer.compute_dtype
+    wide = keras.backend.result_type(dtype, "float32")
     if (
-        not compiled_for_cpu()
+        is_literal()
         or channels < size * size * filters
-        # The sum of the taps would be rounded once a tap.
-        or dtype not in ("float32", "float64")
+        or not (on_gpu() or (compiled_for_cpu() and dtype == wide))
     ):
         return layer(x)
     kernel = ops.reshape(
@@ -418,13 +418,18 @@ def _convolve(layer, x):
         ops.matmul(ops.cast(x, dtype), kernel), ((0, 0), border, border, (0, 0))
     )
     total = sum(
-        taps[
-            :,
-            row : row + height,
-            column : column + width,
-            (row * size + column) * filters : (row * size + column + 1) * filters,
-        ]
+        ops.cast(
+            taps[
+                :,
+                row : row + height,
+                column : column + width,
+                (row * size + column) * filters : (row * size + column + 1) * filters,
+            ],
+            wide,
+        )
         for row in range(size)
         for column in range(size)
     )
-    return total + ops.cast(layer.bias, dtype) if layer.use_bias else total
+    if layer.use_bias:
+        total = total + ops.cast(layer.bias, wide)
+    return ops.cast(total, dtype)
