@@ -63,6 +63,32 @@ def test_accuracy_on_hard_inputs(name, scale):
     assert_accurate(*HARD[name](rng, np.float32(scale) * q, k, v), jit=True)
 
 
+@pytest.mark.parametrize(("scale", "factor"), [(1.0, 1.0), (50.0, 0.7)])
+def test_half_precision(scale, factor, monkeypatch):
+    rng = np.random.default_rng(9)
+    shapes = (20, scale), (45, scale), (45, 1), (20, 1)
+    arrays = [normal(rng, n, s).astype(jax.numpy.bfloat16) for n, s in shapes]
+    wide = [np.asarray(x, "float32") for x in arrays]
+    expected = reference(np.float32(factor) * wide[0], *wide[1:])
+    expected[1] *= factor
+    seen, forward = [], _fused._forward
+    monkeypatch.setattr(
+        _fused,
+        "_forward",
+        lambda *x, **options: (
+            seen.append([str(y.dtype) for y in x[:3]]) or forward(*x, **options)
+        ),
+    )
+    _fused.attention.cache_clear()
+    results = value_and_gradients(*arrays, scale=factor)
+    _fused.attention.cache_clear()
+    # Rounded once, at the end: float32 inside.
+    assert max(relative_errors(results, expected)) < 2.5e-3
+    # Only a query that was scaled is converted before.
+    query = "bfloat16" if factor == 1.0 else "float32"
+    assert seen == [[query, "bfloat16", "bfloat16"]]
+
+
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_masks_and_cross_attention(scale):
     rng = np.random.default_rng(2)

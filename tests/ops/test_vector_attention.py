@@ -390,3 +390,30 @@ def test_bad_arguments(arguments, message):
     x = np.ones((1, 5, 2), "float32")
     with pytest.raises(ValueError, match=message):
         vector_attention(**{"query": x, "key": x, "value": x, **arguments})
+
+
+@pytest.mark.tensorflow
+def test_autograph_leaves_it_alone(monkeypatch):
+    import tensorflow as tf
+
+    from tokenlearner_keras.ops import _tiles
+
+    context, seen, frame = (
+        tf.__internal__.autograph.control_status_ctx,
+        [],
+        _tiles.frame,
+    )
+    monkeypatch.setattr(
+        _tiles, "frame", lambda *x: seen.append(context().status) or frame(*x)
+    )
+    x = tf.zeros((1, 50, 2))
+
+    @tf.function
+    def function(x):
+        seen.append(context().status)
+        return vector_attention(x, x, x)
+
+    function(x)
+    outside, inside = (status.name for status in seen)
+    assert outside == "ENABLED"
+    assert inside != "ENABLED"

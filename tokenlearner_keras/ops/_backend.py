@@ -7,6 +7,18 @@ import keras
 from keras import ops
 
 
+def unconverted(function):
+    """Keeps AutoGraph from rewriting a function and all that it calls.
+
+    It takes as long as the tracing, and there is nothing to convert.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def with_gradient(forward, backward):
     """Returns a function of float tensors whose gradient is `backward`.
 

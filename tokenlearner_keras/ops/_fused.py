@@ -73,22 +73,28 @@ def attention(plain, size, exact, interpret=False):
     """Returns the attention function of `(query, key, value, key_mask)`.
 
     Args:
-        plain: The same function without a kernel. Second derivatives are its.
+        plain: The same function without a kernel, of float32 arrays. Second derivatives
+            are its.
         size: One of `_series.sizes()`.
         exact: bool. Whether channels that the series does not fit are computed exactly;
             otherwise they become NaN.
         interpret: bool. Whether to run without a GPU, for tests.
 
     Returns:
-        Function of three float32 arrays `(batch, tokens, channels)`, and a mask
-        `(batch, keys, 1)` of ones and zeros, or `None`. Keys and values must be zero
-        where masked.
+        Function of three arrays `(batch, tokens, channels)` of float32 or less, and a
+        float32 mask `(batch, keys, 1)` of ones and zeros, or `None`. Keys and values
+        must be zero where masked. The output has the dtype of the values.
     """
     run = functools.partial(_forward, size=size, exact=exact, interpret=interpret)
 
     def plain_gradients(query, key, value, key_mask, upstream):
-        mask = jnp.ones_like(key[:, :, :1]) if key_mask is None else key_mask
-        _, pullback = jax.vjp(lambda *x: plain(*x, mask), query, key, value)
+        mask = jnp.ones_like(key[:, :, :1], "float32") if key_mask is None else key_mask
+
+        def outputs(*tensors):
+            tensors = (x.astype(jnp.float32) for x in tensors)
+            return plain(*tensors, mask).astype(value.dtype)
+
+        _, pullback = jax.vjp(outputs, query, key, value)
         return pullback(upstream)
 
     # What the forward kernel leaves behind depends on the arguments alone, so that the
@@ -147,7 +153,7 @@ def _forward(query, key, value, key_mask, *, size, exact, save, interpret):
     """Returns outputs; with `save` also what `_backward` needs."""
     tiles, count = FORWARD, size[0]
     batch, tokens, channels = query.shape
-    shapes = [query.shape]
+    shapes, dtypes = [query.shape], [value.dtype, *[jnp.float32] * 4]
     if save:
         # Limits and mean and flags; moments; centred outputs and denominators.
         shapes += [(batch, 4, channels), (batch, 2, count + 1, channels)]
@@ -165,7 +171,7 @@ def _forward(query, key, value, key_mask, *, size, exact, save, interpret):
     masks = [] if key_mask is None else [key_mask[:, :, 0]]
     return pl.pallas_call(
         kernel,
-        out_shape=tuple(jax.ShapeDtypeStruct(s, query.dtype) for s in shapes),
+        out_shape=tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
         grid=(batch, pl.cdiv(channels, tiles.columns)),
         compiler_params=triton.CompilerParams(
             num_warps=tiles.warps, num_stages=tiles.stages
@@ -251,20 +257,20 @@ class _Program:
         mask = self._mask(start, rows, length)
         view = ref.at[self.batch, pl.ds(start, rows), self.columns]
         if mask is None:
-            return triton.load(view)
-        return triton.load(view, mask=mask, other=other)
+            return triton.load(view).astype(jnp.float32)
+        return triton.load(view, mask=mask, other=other).astype(jnp.float32)
 
     def store(self, ref, start, rows, length, x):
         mask = self._mask(start, rows, length)
         view = ref.at[self.batch, pl.ds(start, rows), self.columns]
-        triton.store(view, x, mask=mask)
+        triton.store(view, x.astype(ref.dtype), mask=mask)
 
     def load_row(self, ref, *indices, other=0.0):
         """Loads one number a channel."""
         view = ref.at[self._row(indices)]
         if self.inside is None:
-            return triton.load(view)
-        return triton.load(view, mask=self.inside, other=other)
+            return triton.load(view).astype(jnp.float32)
+        return triton.load(view, mask=self.inside, other=other).astype(jnp.float32)
 
     def store_row(self, ref, *indices, x):
         triton.store(ref.at[self._row(indices)], x, mask=self.inside)
@@ -482,7 +488,7 @@ def _poison(here, y_ref, bad):
         if inside is not None:
             mask = jnp.logical_and(mask, jnp.broadcast_to(inside, shape))
         view = y_ref.at[here.batch, pl.ds(start, rows), here.columns]
-        triton.store(view, jnp.full(shape, float("nan"), jnp.float32), mask=mask)
+        triton.store(view, jnp.full(shape, float("nan"), y_ref.dtype), mask=mask)
         return carry
 
     jax.lax.fori_loop(0, here.steps(here.queries, rows), body, 0)

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _series, _streaming, _tiles, _wide
-from tokenlearner_keras.ops._backend import switch, with_gradient
+from tokenlearner_keras.ops._backend import switch, unconverted, with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
 INTERPOLATED_TERMS = 40
@@ -20,6 +20,7 @@ FEW_KEYS = 40
 _forced_method = contextvars.ContextVar("vector_attention_method", default=None)
 
 
+@unconverted
 def vector_attention(
     query: Any,
     key: Any,
@@ -91,6 +92,7 @@ def vector_attention(
     dtype = keras.backend.standardize_dtype(value.dtype)
     # Not `result_type`, which makes float32 of float64 on PyTorch.
     inner = "float64" if dtype == "float64" else "float32"
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)]
     query, key, value = (ops.cast(x, inner) for x in (query, key, value))
     if method == "auto" and key.shape[1] is not None and key.shape[1] <= FEW_KEYS:
         method = "streaming"
@@ -120,6 +122,10 @@ def vector_attention(
     fused = _fused_function(method, num_terms, inner, function)
     if fused is not None and all(query.shape) and all(key.shape):
         function, tensors[3:] = fused, [] if mask is None else [key_mask]
+        # The kernel reads half precision as it is. A scaled query would be rounded.
+        for index, narrow in enumerate(dtypes):
+            if narrow in ("bfloat16", "float16") and (index > 0 or scale == 1.0):
+                tensors[index] = ops.cast(tensors[index], narrow)
     return ops.cast(function(*tensors), dtype)
 
 
