@@ -10,7 +10,7 @@ from keras import ops
 def unconverted(function):
     """Keeps AutoGraph from rewriting a function and all that it calls.
 
-    It takes as long as the tracing, and there is nothing to convert.
+    Reading and rewriting the source takes time, and there is nothing to convert.
     """
     if keras.backend.backend() != "tensorflow":
         return function
