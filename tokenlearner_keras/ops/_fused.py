@@ -256,9 +256,7 @@ class _Program:
         """Loads a tile, `other` where there is nothing."""
         mask = self._mask(start, rows, length)
         view = ref.at[self.batch, pl.ds(start, rows), self.columns]
-        if mask is None:
-            return triton.load(view).astype(jnp.float32)
-        return triton.load(view, mask=mask, other=other).astype(jnp.float32)
+        return _load(view, mask, other)
 
     def store(self, ref, start, rows, length, x):
         mask = self._mask(start, rows, length)
@@ -267,10 +265,7 @@ class _Program:
 
     def load_row(self, ref, *indices, other=0.0):
         """Loads one number a channel."""
-        view = ref.at[self._row(indices)]
-        if self.inside is None:
-            return triton.load(view).astype(jnp.float32)
-        return triton.load(view, mask=self.inside, other=other).astype(jnp.float32)
+        return _load(ref.at[self._row(indices)], self.inside, other)
 
     def store_row(self, ref, *indices, x):
         triton.store(ref.at[self._row(indices)], x, mask=self.inside)
@@ -300,6 +295,13 @@ class _Program:
             found = triton.load(mask_ref.at[self.batch, index]) > 0
             kept = found if kept is None else jnp.logical_and(kept, found)
         return index, kept
+
+
+def _load(view, mask, other):
+    """Loads float32, of whatever dtype, and `other` where the mask is false."""
+    if mask is None:
+        return triton.load(view).astype(jnp.float32)
+    return triton.load(view, mask=mask, other=other).astype(jnp.float32)
 
 
 def _where(mask, x, otherwise=0.0):
