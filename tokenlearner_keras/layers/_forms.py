@@ -24,7 +24,9 @@ def is_literal() -> bool:
 
 
 def on_gpu() -> bool:
-    """Returns whether the backend's compiler works for a GPU."""
+    """Returns whether a form for GPUs may be taken: the backend computes on one."""
+    if is_literal():
+        return False
     backend = keras.backend.backend()
     if backend == "jax":
         import jax

@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.layers._checks import check_channels, check_positive_int
-from tokenlearner_keras.layers._forms import is_literal, on_gpu
+from tokenlearner_keras.layers._forms import on_gpu
 from tokenlearner_keras.layers._initializers import clone_initializer
 
 # Tensor cores take the channels of half precision numbers by as many.
@@ -134,7 +134,6 @@ def convolve(convolution, x):
         or channels < CHANNEL_MULTIPLE
         or channels % CHANNEL_MULTIPLE == filters % CHANNEL_MULTIPLE == 0
         or dtype not in ("bfloat16", "float16")
-        or is_literal()
         or not on_gpu()
     ):
         return convolution(x)

@@ -402,10 +402,8 @@ def _convolve(layer, x):
     channels, size, filters = x.shape[-1], layer.kernel_size[0], layer.filters
     dtype = layer.compute_dtype
     wide = keras.backend.result_type(dtype, "float32")
-    if (
-        is_literal()
-        or channels < size * size * filters
-        or not (on_gpu() or (compiled_for_cpu() and dtype == wide))
+    if channels < size * size * filters or not (
+        on_gpu() or (compiled_for_cpu() and dtype == wide)
     ):
         return layer(x)
     kernel = ops.reshape(
