@@ -28,18 +28,22 @@ MAX_HALF = 1e30
 class Tiles:
     """Sizes of one kernel: channels and warps of a program.
 
-    The series has one row a thread and step; the limits of the keys and the exact sums
-    have `exact`.
+    A tile has one number a thread. A step of the limits of the keys and of the exact
+    sums takes `group` tiles.
     """
 
     columns: int = 8
     warps: int = 4
-    exact: int = 4
+    group: int = 4
     stages: int = 1
 
     @property
     def rows(self):
         return max(1, 32 * self.warps // self.columns)
+
+    @property
+    def shape(self):
+        return self.rows, self.columns
 
 
 FORWARD = Tiles()
@@ -224,66 +228,91 @@ def _backward(
 
 
 class _Program:
-    """Where this program reads and writes."""
+    """Where this program reads and writes.
+
+    Tiles are `(columns, rows)`: then all rows of a channel are in one warp, and a sum
+    over them needs neither shared memory nor barriers. One number a channel is a tile
+    as well, whose rows are equal.
+    """
 
     def __init__(self, sizes, tiles):
         self.queries, self.keys, self.channels = sizes
         self.tiles = tiles
         self.batch = pl.program_id(0)
         width, start = tiles.columns, pl.program_id(1) * tiles.columns
-        self.columns = pl.ds(start, width)
+        # An index of which Triton does not know that it counts up: otherwise each tile
+        # would be loaded with neighbouring channels in neighbouring threads, and then
+        # brought into order through shared memory.
+        self.columns = (start | jnp.arange(width))[None]
         self.inside = None
         if self.channels % width:
-            self.inside = start + jnp.arange(width) < self.channels
+            self.inside = self.columns < self.channels
 
-    def steps(self, length, rows):
-        return pl.cdiv(length, rows)
+    def steps(self, length, group=1):
+        """How many steps of `group` tiles cover a length."""
+        return pl.cdiv(length, group * self.tiles.rows)
 
-    def rows_inside(self, start, rows, length):
+    def starts(self, step, group=1):
+        """Returns the first rows of the tiles of a step."""
+        rows = self.tiles.rows
+        return [step * (group * rows) + i * rows for i in range(group)]
+
+    def rows_inside(self, start, length):
         """Which rows of a tile exist, `(rows, 1)`, or `None` for all."""
-        if length % rows == 0:
+        rows = self.tiles.rows
+        if length % (rows * self.tiles.group) == 0:
             return None
         return (start + jnp.arange(rows) < length)[:, None]
 
-    def _mask(self, start, rows, length):
-        shape = (rows, self.tiles.columns)
-        parts = [self.rows_inside(start, rows, length)]
-        parts.append(None if self.inside is None else self.inside[None])
-        parts = [jnp.broadcast_to(p, shape) for p in parts if p is not None]
-        return functools.reduce(jnp.logical_and, parts) if parts else None
+    def _view(self, ref, *index, mask):
+        """Returns a view of a tile and which of it exists."""
+        shape = self.tiles.shape
+        # The interpreter takes arrays only, not numbers.
+        index = [jnp.broadcast_to(self.batch * 0 + i, shape) for i in index]
+        masks = [
+            jnp.broadcast_to(m, shape) for m in (mask, self.inside) if m is not None
+        ]
+        mask = functools.reduce(jnp.logical_and, masks) if masks else None
+        batch, columns = (
+            jnp.broadcast_to(i, shape) for i in (self.batch, self.columns)
+        )
+        return ref.at[(batch, *index, columns)], mask
 
-    def load(self, ref, start, rows, length, other=0.0):
+    def _rows(self, start=0):
+        return (start + jnp.arange(self.tiles.rows))[:, None]
+
+    def load(self, ref, start, length, other=0.0):
         """Loads a tile, `other` where there is nothing."""
-        mask = self._mask(start, rows, length)
-        view = ref.at[self.batch, pl.ds(start, rows), self.columns]
-        return _load(view, mask, other)
+        inside = self.rows_inside(start, length)
+        return _load(*self._view(ref, self._rows(start), mask=inside), other)
 
-    def store(self, ref, start, rows, length, x):
-        mask = self._mask(start, rows, length)
-        view = ref.at[self.batch, pl.ds(start, rows), self.columns]
+    def store(self, ref, start, length, x, mask=None):
+        """Stores a tile, where it exists (and the mask is true)."""
+        inside = self.rows_inside(start, length)
+        if mask is not None:
+            inside = mask if inside is None else jnp.logical_and(mask, inside)
+        view, mask = self._view(ref, self._rows(start), mask=inside)
         triton.store(view, x.astype(ref.dtype), mask=mask)
 
-    def load_row(self, ref, *indices, other=0.0):
+    def load_row(self, ref, *index, other=0.0):
         """Loads one number a channel."""
-        return _load(ref.at[self._row(indices)], self.inside, other)
+        return _load(*self._view(ref, *index, mask=None), other)
 
-    def store_row(self, ref, *indices, x):
-        triton.store(ref.at[self._row(indices)], x, mask=self.inside)
+    def store_row(self, ref, *index, x):
+        """Stores one number a channel, the same from each row."""
+        view, mask = self._view(ref, *index, mask=None)
+        triton.store(view, x, mask=mask)
 
-    def _row(self, indices):
-        # The interpreter takes arrays only, not numbers.
-        zero = self.batch * 0
-        return (self.batch, *(zero + i for i in indices), self.columns)
-
-    def valid(self, mask_ref, start, rows):
-        """Which keys of a tile count, as booleans `(rows, 1)`, or `None` for all."""
-        inside = self.rows_inside(start, rows, self.keys)
+    def valid(self, mask_ref, start):
+        """Which keys of a tile count, as booleans, or `None` for all."""
+        inside = self.rows_inside(start, self.keys)
         if mask_ref is None:
             return inside
-        view = mask_ref.at[self.batch, pl.ds(start, rows)]
-        if inside is None:
-            return (triton.load(view) > 0)[:, None]
-        return (triton.load(view, mask=inside[:, 0], other=0.0) > 0)[:, None]
+        rows, shape = self._rows(start), self.tiles.shape
+        index = (jnp.broadcast_to(i, shape) for i in (self.batch, rows))
+        if inside is not None:
+            inside = jnp.broadcast_to(inside, shape)
+        return _load(mask_ref.at[tuple(index)], inside, 0.0) > 0
 
     def valid_row(self, mask_ref, index, length):
         """An index that exists and whether its row counts, or `None` for yes."""
@@ -304,6 +333,11 @@ def _load(view, mask, other):
     return triton.load(view, mask=mask, other=other).astype(jnp.float32)
 
 
+def _over_rows(reduce, x):
+    """Reduces the rows of a tile; all rows of the result are equal."""
+    return jnp.broadcast_to(reduce(x, axis=0)[None], x.shape)
+
+
 def _where(mask, x, otherwise=0.0):
     """`x` where the mask (or all, for `None`) is true."""
     if mask is None:
@@ -318,29 +352,27 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     here = _Program(sizes, tiles)
     queries, keys, _ = sizes
     count, reach, scales = size
-    rows, wide = tiles.rows, tiles.rows * tiles.exact
-    tile = (rows, tiles.columns)
+    zero = jnp.zeros(tiles.shape, jnp.float32)
 
-    low, high, mean, key_sum = _limits(here, k_ref, v_ref, mask_ref, wide)
+    low, high, mean, key_sum = _limits(here, k_ref, v_ref, mask_ref)
     middle, half, inverse = _geometry(low, high)
 
     # The derivative starts at the second moment.
     powers = count + 1 if save else count
 
     def load_keys(step):
-        start = step * rows
-        return tuple(here.load(r, start, rows, keys) for r in (k_ref, v_ref))
+        (start,) = here.starts(step)
+        return tuple(here.load(r, start, keys) for r in (k_ref, v_ref))
 
     def add_keys(step, tiles, sums):
-        (k, v), valid = tiles, here.valid(mask_ref, step * rows, rows)
+        (k, v), valid = tiles, here.valid(mask_ref, *here.starts(step))
         t = _where(valid, (k - middle) * inverse)
         return _add_powers(
             sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
         )
 
-    zeros = (jnp.zeros(tile, jnp.float32),) * (2 * powers)
-    sums = _pipelined(here.steps(keys, rows), load_keys, add_keys, zeros)
-    sums = [jnp.sum(s, axis=0) for s in sums]
+    sums = _pipelined(here.steps(keys), load_keys, add_keys, (zero,) * (2 * powers))
+    sums = [_over_rows(jnp.sum, s) for s in sums]
     m0, m1 = sums[:powers], sums[powers:]
     if save:
         for p in range(powers):
@@ -352,39 +384,37 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     upper = [scales[p] * m1[p] for p in range(count)]
 
     def load_queries(step):
-        return here.load(q_ref, step * rows, rows, queries)
+        return here.load(q_ref, *here.starts(step), queries)
 
     def evaluate(step, q, carry):
         largest, cancellation = carry
-        start = step * rows
+        (start,) = here.starts(step)
         s = q * (half / reach)
         even, odd = _halves(lower, s)
         denominator = even + odd + empty
         factor = 1.0 / denominator
         output = sum(_halves(upper, s)) * factor
-        here.store(y_ref, start, rows, queries, output + mean)
+        here.store(y_ref, start, queries, output + mean)
         if save:
-            here.store(saved_refs[2], start, rows, queries, output)
-            here.store(saved_refs[3], start, rows, queries, denominator)
+            here.store(saved_refs[2], start, queries, output)
+            here.store(saved_refs[3], start, queries, denominator)
         # The sum at -s: there, what alternates here has the same sign.
         ratio = (even - odd) * factor
-        ratio = _where(here.rows_inside(start, rows, queries), ratio * ratio)
+        ratio = _where(here.rows_inside(start, queries), ratio * ratio)
         return jnp.maximum(largest, jnp.abs(q)), cancellation + ratio
 
-    zero = jnp.zeros(tile, jnp.float32)
-    steps = here.steps(queries, rows)
-    largest, cancellation = _pipelined(steps, load_queries, evaluate, (zero, zero))
-    z = jnp.max(largest, axis=0) * half
-    cancellation = jnp.sum(cancellation, axis=0) / queries
+    largest, cancellation = _pipelined(
+        here.steps(queries), load_queries, evaluate, (zero, zero)
+    )
+    z = _over_rows(jnp.max, largest) * half
+    cancellation = _over_rows(jnp.sum, cancellation) / queries
     # Comparisons that NaN fails. A NaN among the queries is one in `cancellation`.
     kept = z <= reach
     kept = jnp.logical_and(kept, cancellation <= _series.MAX_CANCELLATION**2)
     for number in (m1[0], key_sum):
         kept = jnp.logical_and(kept, jnp.abs(number) < float("inf"))
     kept = jnp.logical_and(kept, half <= MAX_HALF)
-    bad = jnp.where(kept, 0.0, 1.0)
-    if here.inside is not None:
-        bad = jnp.where(here.inside, bad, 0.0)
+    bad = _where(here.inside, jnp.where(kept, 0.0, 1.0))
     if save:
         for i, x in enumerate((low, high, mean, bad)):
             here.store_row(saved_refs[0], i, x=x)
@@ -403,39 +433,44 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
             _poison(here, y_ref, bad)
 
 
-def _limits(here, k_ref, v_ref, mask_ref, rows):
+def _limits(here, k_ref, v_ref, mask_ref):
     """Returns the smallest and largest key, the mean value and the sum of the keys."""
-    tile = (rows, here.tiles.columns)
-    masked = mask_ref is not None
+    group, masked = here.tiles.group, mask_ref is not None
 
     def load(step):
-        start = step * rows
-        return tuple(here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
+        starts = here.starts(step, group)
+        return [
+            [here.load(r, start, here.keys) for r in (k_ref, v_ref)] for start in starts
+        ]
 
     def body(step, tiles, carry):
         low, high, keys, values, count = carry
-        (k, v), valid = tiles, here.valid(mask_ref, step * rows, rows)
-        low = jnp.minimum(low, _where(valid, k, float("inf")))
-        high = jnp.maximum(high, _where(valid, k, -float("inf")))
-        if masked:
-            count = count + _where(valid, jnp.ones_like(k))
-        return low, high, keys + k, values + v, count
+        for (k, v), start in zip(tiles, here.starts(step, group), strict=True):
+            valid = here.valid(mask_ref, start)
+            low = jnp.minimum(low, _where(valid, k, float("inf")))
+            high = jnp.maximum(high, _where(valid, k, -float("inf")))
+            if masked:
+                count = count + _where(valid, jnp.ones_like(k))
+            keys, values = keys + k, values + v
+        return low, high, keys, values, count
 
-    zero = jnp.zeros(tile, jnp.float32)
-    infinity = jnp.full(tile, float("inf"), jnp.float32)
+    zero = jnp.zeros(here.tiles.shape, jnp.float32)
+    infinity = jnp.full_like(zero, float("inf"))
     low, high, keys, values, count = _pipelined(
-        here.steps(here.keys, rows),
+        here.steps(here.keys, group),
         load,
         body,
         (infinity, -infinity, zero, zero, zero),
     )
-    low, high = jnp.min(low, axis=0), jnp.max(high, axis=0)
+    low, high = _over_rows(jnp.min, low), _over_rows(jnp.max, high)
     empty = low > high
     low, high = (jnp.where(empty, 0.0, x) for x in (low, high))
-    count = jnp.maximum(jnp.sum(count, axis=0), 1.0) if masked else float(here.keys)
-    mean = jnp.sum(values, axis=0) / count
+    keys_here = float(here.keys)
+    if masked:
+        keys_here = jnp.maximum(_over_rows(jnp.sum, count), 1.0)
+    mean = _over_rows(jnp.sum, values) / keys_here
     mean = jnp.where(jnp.abs(mean) < float("inf"), mean, 0.0)
-    return low, high, mean, jnp.sum(keys, axis=0)
+    return low, high, mean, _over_rows(jnp.sum, keys)
 
 
 def _geometry(low, high):
@@ -468,11 +503,11 @@ def _add_powers(sums, x, first, second):
 
 
 def _halves(coefficients, x):
-    """Returns the even and the odd part of a polynomial, coefficients `(columns,)`."""
+    """Returns the even and the odd part of a polynomial, coefficients are tiles."""
     square = x * x
     parts = []
     for part in (coefficients[0::2], coefficients[1::2]):
-        result = jnp.zeros_like(x) + part[-1]
+        result = part[-1]
         for c in reversed(part[:-1]):
             result = result * square + c
         parts.append(result)
@@ -480,73 +515,75 @@ def _halves(coefficients, x):
 
 
 def _poison(here, y_ref, bad):
-    rows = here.tiles.rows
-    shape = (rows, here.tiles.columns)
+    nothing = jnp.full_like(bad, float("nan"))
 
     def body(step, carry):
-        start = step * rows
-        mask = jnp.broadcast_to(bad[None] > 0, shape)
-        inside = here.rows_inside(start, rows, here.queries)
-        if inside is not None:
-            mask = jnp.logical_and(mask, jnp.broadcast_to(inside, shape))
-        view = y_ref.at[here.batch, pl.ds(start, rows), here.columns]
-        triton.store(view, jnp.full(shape, float("nan"), y_ref.dtype), mask=mask)
+        here.store(y_ref, *here.starts(step), here.queries, nothing, mask=bad > 0)
         return carry
 
-    jax.lax.fori_loop(0, here.steps(here.queries, rows), body, 0)
+    jax.lax.fori_loop(0, here.steps(here.queries), body, 0)
 
 
 def _exact_forward(here, q_ref, k_ref, v_ref, mask_ref, low, high, mean):
     """Returns a function that writes exact outputs, and denominators."""
-    rows = here.tiles.rows * here.tiles.exact
+    group = here.tiles.group
 
     def write(y_ref, output_ref=None, denominator_ref=None):
         def body(step, carry):
-            start = step * rows
-            q = here.load(q_ref, start, rows, here.queries)
-            reference = jnp.where(q >= 0, high, low)
+            starts = here.starts(step, group)
+            queries = [here.load(q_ref, start, here.queries) for start in starts]
+            references = [jnp.where(q >= 0, high, low) for q in queries]
 
             def part(index):
                 index, kept = here.valid_row(mask_ref, index, here.keys)
-                k = here.load_row(k_ref, index)[None] - reference
-                v = here.load_row(v_ref, index)[None] - mean
-                weight = _where(kept, jnp.exp(_where(kept, q * k)))
-                return weight, weight * _where(kept, jnp.broadcast_to(v, q.shape))
+                k = here.load_row(k_ref, index)
+                v = _where(kept, here.load_row(v_ref, index) - mean)
+                for q, reference in zip(queries, references, strict=True):
+                    weight = jnp.exp(_where(kept, q * (k - reference)))
+                    weight = _where(kept, weight)
+                    yield weight, weight * v
 
-            denominator, output = _exact_sums(here.keys, part, q.shape)
-            denominator = jnp.where(denominator == 0, 1.0, denominator)
-            output = output / denominator
-            here.store(y_ref, start, rows, here.queries, output + mean)
-            if output_ref is not None:
-                here.store(output_ref, start, rows, here.queries, output)
-                here.store(denominator_ref, start, rows, here.queries, denominator)
+            sums = _exact_sums(here, here.keys, part)
+            for start, (denominator, output) in zip(starts, sums, strict=True):
+                denominator = jnp.where(denominator == 0, 1.0, denominator)
+                output = output / denominator
+                here.store(y_ref, start, here.queries, output + mean)
+                if output_ref is not None:
+                    here.store(output_ref, start, here.queries, output)
+                    here.store(denominator_ref, start, here.queries, denominator)
             return carry
 
-        jax.lax.fori_loop(0, here.steps(here.queries, rows), body, 0)
+        jax.lax.fori_loop(0, here.steps(here.queries, group), body, 0)
 
     return write
 
 
-def _exact_sums(length, part, shape):
-    """Returns both sums of `part(index)` over the indices, with Kahan's correction."""
+def _exact_sums(here, length, part):
+    """Returns sums of `part(index)` over the indices, with Kahan's correction.
+
+    `part` yields two numbers for each tile of a step; so the sums are pairs as well.
+    """
+    zero = jnp.zeros(here.tiles.shape, jnp.float32)
 
     def body(step, carry):
-        sums = [jnp.zeros(shape, jnp.float32)] * 2
+        sums = [zero] * (2 * here.tiles.group)
         for i in range(BLOCK):
-            sums = [s + p for s, p in zip(sums, part(step * BLOCK + i))]
-        results, corrections = [], []
-        for total, correction, new in zip(carry[:2], carry[2:], sums):
+            parts = [x for pair in part(step * BLOCK + i) for x in pair]
+            sums = [s + p for s, p in zip(sums, parts, strict=True)]
+        results = []
+        for (total, correction), new in zip(carry, sums, strict=True):
             new = new - correction
             result = total + new
             correction = (result - total) - new
             # An infinite sum has none; inf - inf must not make it NaN.
             correction = jnp.where(correction == correction, correction, 0.0)
-            results.append(result)
-            corrections.append(correction)
-        return (*results, *corrections)
+            results.append((result, correction))
+        return results
 
-    zeros = (jnp.zeros(shape, jnp.float32),) * 4
-    return jax.lax.fori_loop(0, pl.cdiv(length, BLOCK), body, zeros)[:2]
+    init = [(zero, zero)] * (2 * here.tiles.group)
+    sums = jax.lax.fori_loop(0, pl.cdiv(length, BLOCK), body, init)
+    sums = [total for total, _ in sums]
+    return list(zip(sums[::2], sums[1::2], strict=True))
 
 
 def _backward_kernel(*refs, sizes, tiles, size, exact, masked, interpret):
@@ -556,18 +593,17 @@ def _backward_kernel(*refs, sizes, tiles, size, exact, masked, interpret):
     here = _Program(sizes, tiles)
     low, high, mean, bad = (here.load_row(stats_ref, i) for i in range(4))
     arguments = here, q_ref, k_ref, v_ref, mask_ref, g_ref, y_ref, denominator_ref
+    # Without a branch around it: sums over threads are slower in one.
+    # Where channels are not computed exactly, never silently wrong.
+    poison = None if exact else jnp.where(bad > 0, float("nan"), 0.0)
+    _series_backward(*arguments, sums_ref, low, high, mean, poison, size, *results)
     if not exact:
-        # Never silently wrong.
-        poison = jnp.where(bad > 0, float("nan"), 0.0)
-        _series_backward(*arguments, sums_ref, low, high, mean, poison, size, *results)
         return
-    difficult = jnp.sum(bad) > 0
+    if not interpret:
+        # What follows overwrites what other threads may have written.
+        triton.debug_barrier()
 
-    @pl.when(jnp.logical_not(difficult))
-    def _():
-        _series_backward(*arguments, sums_ref, low, high, mean, None, size, *results)
-
-    @pl.when(difficult)
+    @pl.when(jnp.sum(bad) > 0)
     def _():
         _exact_backward(*arguments, low, high, mean, *results)
 
@@ -592,14 +628,16 @@ def _series_backward(
     to_v_ref,
 ):
     count, reach, scales = size
-    rows = here.tiles.rows
+    queries, keys = here.queries, here.keys
     middle, half, inverse = _geometry(low, high)
 
     def load_queries(step):
-        start = step * rows
-        denominator = here.load(denominator_ref, start, rows, here.queries, 1.0)
-        tiles = (here.load(r, start, rows, here.queries) for r in (q_ref, g_ref, y_ref))
-        return (*tiles, denominator)
+        (start,) = here.starts(step)
+        denominator = here.load(denominator_ref, start, queries, 1.0)
+        return (
+            *(here.load(r, start, queries) for r in (q_ref, g_ref, y_ref)),
+            denominator,
+        )
 
     def scale_queries(tiles):
         q, g, y, denominator = tiles
@@ -613,35 +651,33 @@ def _series_backward(
     )
 
     def to_queries(step, tiles, carry):
-        start = step * rows
         s, factor, y = scale_queries(tiles)
         slope = sum(_halves(upper, s)) - y * sum(_halves(lower, s))
-        here.store(to_q_ref, start, rows, here.queries, factor * half * slope)
+        here.store(to_q_ref, *here.starts(step), queries, factor * half * slope)
         return carry
 
-    steps = here.steps(here.queries, rows)
-    _pipelined(steps, load_queries, to_queries, 0)
+    _pipelined(here.steps(queries), load_queries, to_queries, 0)
 
     def add_queries(step, tiles, sums):
         s, factor, y = scale_queries(tiles)
         return _add_powers(sums, s, factor, y)
 
-    zeros = (jnp.zeros((rows, here.tiles.columns), jnp.float32),) * (2 * count + 2)
-    sums = _pipelined(steps, load_queries, add_queries, zeros)
-    sums = [jnp.sum(x, axis=0) for x in sums]
+    zeros = (jnp.zeros(here.tiles.shape, jnp.float32),) * (2 * count + 2)
+    sums = _pipelined(here.steps(queries), load_queries, add_queries, zeros)
+    sums = [_over_rows(jnp.sum, x) for x in sums]
     h, hy = sums[: count + 1], sums[count + 1 :]
 
     def load_keys(step):
-        start = step * rows
-        return tuple(here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
+        (start,) = here.starts(step)
+        return tuple(here.load(r, start, keys) for r in (k_ref, v_ref))
 
     def to_keys(step, tiles, carry):
         k, v = tiles
-        start = step * rows
-        valid = here.valid(mask_ref, start, rows)
+        (start,) = here.starts(step)
+        valid = here.valid(mask_ref, start)
         t = _where(valid, (k - middle) * inverse)
         # Ratios of coefficients, so that three series share the same numbers.
-        series = [jnp.zeros_like(t) + x[count - 1] for x in (h, h[1:], hy[1:])]
+        series = [x[count - 1] for x in (h, h[1:], hy[1:])]
         for p in range(count - 2, -1, -1):
             x = t * (scales[p + 1] / scales[p])
             series = [
@@ -649,11 +685,11 @@ def _series_backward(
             ]
         to_v, to_k, to_k_less = (scales[0] * s for s in series)
         to_k = ((v - mean) * to_k - to_k_less) * (reach * inverse)
-        here.store(to_k_ref, start, rows, here.keys, _where(valid, to_k))
-        here.store(to_v_ref, start, rows, here.keys, _where(valid, to_v))
+        here.store(to_k_ref, start, keys, _where(valid, to_k))
+        here.store(to_v_ref, start, keys, _where(valid, to_v))
         return carry
 
-    _pipelined(here.steps(here.keys, rows), load_keys, to_keys, 0)
+    _pipelined(here.steps(keys), load_keys, to_keys, 0)
 
 
 def _exact_backward(
@@ -672,48 +708,58 @@ def _exact_backward(
     to_k_ref,
     to_v_ref,
 ):
-    rows = here.tiles.rows * here.tiles.exact
+    group = here.tiles.group
 
     def to_queries(step, carry):
-        start = step * rows
-        q, g, y = (
-            here.load(r, start, rows, here.queries) for r in (q_ref, g_ref, y_ref)
+        starts = here.starts(step, group)
+        queries, upstreams, outputs = (
+            [here.load(r, start, here.queries) for start in starts]
+            for r in (q_ref, g_ref, y_ref)
         )
-        denominator = here.load(denominator_ref, start, rows, here.queries, 1.0)
-        reference = jnp.where(q >= 0, high, low)
+        references = [jnp.where(q >= 0, high, low) for q in queries]
 
         def part(index):
             index, kept = here.valid_row(mask_ref, index, here.keys)
-            k = here.load_row(k_ref, index)[None] - reference
-            v = here.load_row(v_ref, index)[None] - mean
-            weight = jnp.exp(_where(kept, q * k))
-            # The difference first: the difference of two sums would lose digits.
-            return (_where(kept, weight * k * (v - y)),) * 2
+            k, v = here.load_row(k_ref, index), here.load_row(v_ref, index) - mean
+            for q, y, reference in zip(queries, outputs, references, strict=True):
+                k_less = k - reference
+                weight = jnp.exp(_where(kept, q * k_less))
+                # The difference first: the difference of two sums would lose digits.
+                yield (_where(kept, weight * k_less * (v - y)),) * 2
 
-        slope = _exact_sums(here.keys, part, q.shape)[0]
-        here.store(to_q_ref, start, rows, here.queries, slope * (g / denominator))
+        sums = _exact_sums(here, here.keys, part)
+        for start, g, (slope, _) in zip(starts, upstreams, sums, strict=True):
+            denominator = here.load(denominator_ref, start, here.queries, 1.0)
+            here.store(to_q_ref, start, here.queries, slope * (g / denominator))
         return carry
 
-    jax.lax.fori_loop(0, here.steps(here.queries, rows), to_queries, 0)
+    jax.lax.fori_loop(0, here.steps(here.queries, group), to_queries, 0)
 
     def to_keys(step, carry):
-        start = step * rows
-        valid = here.valid(mask_ref, start, rows)
-        k, v = (here.load(r, start, rows, here.keys) for r in (k_ref, v_ref))
-        v = v - mean
+        starts = here.starts(step, group)
+        tiles = [
+            (
+                here.load(k_ref, start, here.keys),
+                here.load(v_ref, start, here.keys) - mean,
+                here.valid(mask_ref, start),
+            )
+            for start in starts
+        ]
 
         def part(index):
             index, kept = here.valid_row(None, index, here.queries)
             q, g, y = (here.load_row(r, index) for r in (q_ref, g_ref, y_ref))
             factor = g / here.load_row(denominator_ref, index, other=1.0)
             reference = jnp.where(q >= 0, high, low)
-            weight = jnp.exp(_where(valid, q[None] * (k - reference[None])))
-            weight = _where(kept, weight * factor[None])
-            return weight * q[None] * (v - y[None]), weight
+            for k, v, valid in tiles:
+                weight = jnp.exp(_where(valid, q * (k - reference)))
+                weight = _where(kept, weight * factor)
+                yield weight * q * (v - y), weight
 
-        to_k, to_v = _exact_sums(here.queries, part, k.shape)
-        here.store(to_k_ref, start, rows, here.keys, _where(valid, to_k))
-        here.store(to_v_ref, start, rows, here.keys, _where(valid, to_v))
+        sums = _exact_sums(here, here.queries, part)
+        for start, (_, _, valid), (to_k, to_v) in zip(starts, tiles, sums, strict=True):
+            here.store(to_k_ref, start, here.keys, _where(valid, to_k))
+            here.store(to_v_ref, start, here.keys, _where(valid, to_v))
         return carry
 
-    jax.lax.fori_loop(0, here.steps(here.keys, rows), to_keys, 0)
+    jax.lax.fori_loop(0, here.steps(here.keys, group), to_keys, 0)
