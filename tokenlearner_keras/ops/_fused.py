@@ -230,9 +230,8 @@ def _backward(
 class _Program:
     """Where this program reads and writes.
 
-    Tiles are `(columns, rows)`: then all rows of a channel are in one warp, and a sum
-    over them needs neither shared memory nor barriers. One number a channel is a tile
-    as well, whose rows are equal.
+    Tiles are `(rows, columns)`. One number a channel is a tile as well, whose rows are
+    equal.
     """
 
     def __init__(self, sizes, tiles):
@@ -240,9 +239,9 @@ class _Program:
         self.tiles = tiles
         self.batch = pl.program_id(0)
         width, start = tiles.columns, pl.program_id(1) * tiles.columns
-        # An index of which Triton does not know that it counts up: otherwise each tile
-        # would be loaded with neighbouring channels in neighbouring threads, and then
-        # brought into order through shared memory.
+        # An index of which Triton does not know that it counts up: otherwise neighbours
+        # among threads would take neighbouring channels, and the rows of each be in all
+        # warps. So they are in one, whose threads exchange sums without shared memory.
         self.columns = (start | jnp.arange(width))[None]
         self.inside = None
         if self.channels % width:
