@@ -398,11 +398,8 @@ def test_autograph_leaves_it_alone(monkeypatch):
 
     from tokenlearner_keras.ops import _tiles
 
-    context, seen, frame = (
-        tf.__internal__.autograph.control_status_ctx,
-        [],
-        _tiles.frame,
-    )
+    context = tf.__internal__.autograph.control_status_ctx
+    seen, frame = [], _tiles.frame
     monkeypatch.setattr(
         _tiles, "frame", lambda *x: seen.append(context().status) or frame(*x)
     )

@@ -251,17 +251,20 @@ class _Program:
         """How many steps of `group` tiles cover a length."""
         return pl.cdiv(length, group * self.tiles.rows)
 
-    def starts(self, step, group=1):
-        """Returns the first rows of the tiles of a step."""
-        rows = self.tiles.rows
-        return [step * (group * rows) + i * rows for i in range(group)]
+    def group(self, step):
+        """Returns the tiles of a step of `group` tiles, by number."""
+        return [step * self.tiles.group + i for i in range(self.tiles.group)]
 
-    def rows_inside(self, start, length):
-        """Which rows of a tile exist, `(rows, 1)`, or `None` for all."""
+    def _rows(self, tile):
+        """Returns the rows of a tile, `(rows, 1)`."""
         rows = self.tiles.rows
-        if length % (rows * self.tiles.group) == 0:
+        return (tile * rows + jnp.arange(rows))[:, None]
+
+    def rows_inside(self, tile, length):
+        """Which rows of a tile exist, `(rows, 1)`, or `None` for all."""
+        if length % (self.tiles.rows * self.tiles.group) == 0:
             return None
-        return (start + jnp.arange(rows) < length)[:, None]
+        return self._rows(tile) < length
 
     def _view(self, ref, *index, mask):
         """Returns a view of a tile and which of it exists."""
@@ -277,20 +280,17 @@ class _Program:
         )
         return ref.at[(batch, *index, columns)], mask
 
-    def _rows(self, start=0):
-        return (start + jnp.arange(self.tiles.rows))[:, None]
-
-    def load(self, ref, start, length, other=0.0):
+    def load(self, ref, tile, length, other=0.0):
         """Loads a tile, `other` where there is nothing."""
-        inside = self.rows_inside(start, length)
-        return _load(*self._view(ref, self._rows(start), mask=inside), other)
+        inside = self.rows_inside(tile, length)
+        return _load(*self._view(ref, self._rows(tile), mask=inside), other)
 
-    def store(self, ref, start, length, x, mask=None):
+    def store(self, ref, tile, length, x, mask=None):
         """Stores a tile, where it exists (and the mask is true)."""
-        inside = self.rows_inside(start, length)
+        inside = self.rows_inside(tile, length)
         if mask is not None:
             inside = mask if inside is None else jnp.logical_and(mask, inside)
-        view, mask = self._view(ref, self._rows(start), mask=inside)
+        view, mask = self._view(ref, self._rows(tile), mask=inside)
         triton.store(view, x.astype(ref.dtype), mask=mask)
 
     def load_row(self, ref, *index, other=0.0):
@@ -302,13 +302,13 @@ class _Program:
         view, mask = self._view(ref, *index, mask=None)
         triton.store(view, x, mask=mask)
 
-    def valid(self, mask_ref, start):
+    def valid(self, mask_ref, tile):
         """Which keys of a tile count, as booleans, or `None` for all."""
-        inside = self.rows_inside(start, self.keys)
+        inside = self.rows_inside(tile, self.keys)
         if mask_ref is None:
             return inside
-        rows, shape = self._rows(start), self.tiles.shape
-        index = (jnp.broadcast_to(i, shape) for i in (self.batch, rows))
+        shape = self.tiles.shape
+        index = (jnp.broadcast_to(i, shape) for i in (self.batch, self._rows(tile)))
         if inside is not None:
             inside = jnp.broadcast_to(inside, shape)
         return _load(mask_ref.at[tuple(index)], inside, 0.0) > 0
@@ -359,12 +359,11 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     # The derivative starts at the second moment.
     powers = count + 1 if save else count
 
-    def load_keys(step):
-        (start,) = here.starts(step)
-        return tuple(here.load(r, start, keys) for r in (k_ref, v_ref))
+    def load_keys(tile):
+        return tuple(here.load(r, tile, keys) for r in (k_ref, v_ref))
 
-    def add_keys(step, tiles, sums):
-        (k, v), valid = tiles, here.valid(mask_ref, *here.starts(step))
+    def add_keys(tile, loaded, sums):
+        (k, v), valid = loaded, here.valid(mask_ref, tile)
         t = _where(valid, (k - middle) * inverse)
         return _add_powers(
             sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
@@ -382,24 +381,23 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     lower = [scales[p] * m0[p] for p in range(count)]
     upper = [scales[p] * m1[p] for p in range(count)]
 
-    def load_queries(step):
-        return here.load(q_ref, *here.starts(step), queries)
+    def load_queries(tile):
+        return here.load(q_ref, tile, queries)
 
-    def evaluate(step, q, carry):
+    def evaluate(tile, q, carry):
         largest, cancellation = carry
-        (start,) = here.starts(step)
         s = q * (half / reach)
         even, odd = _halves(lower, s)
         denominator = even + odd + empty
         factor = 1.0 / denominator
         output = sum(_halves(upper, s)) * factor
-        here.store(y_ref, start, queries, output + mean)
+        here.store(y_ref, tile, queries, output + mean)
         if save:
-            here.store(saved_refs[2], start, queries, output)
-            here.store(saved_refs[3], start, queries, denominator)
+            here.store(saved_refs[2], tile, queries, output)
+            here.store(saved_refs[3], tile, queries, denominator)
         # The sum at -s: there, what alternates here has the same sign.
         ratio = (even - odd) * factor
-        ratio = _where(here.rows_inside(start, queries), ratio * ratio)
+        ratio = _where(here.rows_inside(tile, queries), ratio * ratio)
         return jnp.maximum(largest, jnp.abs(q)), cancellation + ratio
 
     largest, cancellation = _pipelined(
@@ -425,27 +423,26 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     @pl.when(jnp.sum(bad) > 0)
     def _():
         if exact:
-            _exact_forward(here, q_ref, k_ref, v_ref, mask_ref, low, high, mean)(
-                y_ref, *saved_refs[2:]
-            )
+            arguments = here, q_ref, k_ref, v_ref, mask_ref, low, high, mean
+            _exact_forward(*arguments, y_ref, *saved_refs[2:])
         else:
             _poison(here, y_ref, bad)
 
 
 def _limits(here, k_ref, v_ref, mask_ref):
     """Returns the smallest and largest key, the mean value and the sum of the keys."""
-    group, masked = here.tiles.group, mask_ref is not None
+    masked = mask_ref is not None
 
     def load(step):
-        starts = here.starts(step, group)
         return [
-            [here.load(r, start, here.keys) for r in (k_ref, v_ref)] for start in starts
+            [here.load(r, tile, here.keys) for r in (k_ref, v_ref)]
+            for tile in here.group(step)
         ]
 
-    def body(step, tiles, carry):
+    def body(step, loaded, carry):
         low, high, keys, values, count = carry
-        for (k, v), start in zip(tiles, here.starts(step, group), strict=True):
-            valid = here.valid(mask_ref, start)
+        for (k, v), tile in zip(loaded, here.group(step), strict=True):
+            valid = here.valid(mask_ref, tile)
             low = jnp.minimum(low, _where(valid, k, float("inf")))
             high = jnp.maximum(high, _where(valid, k, -float("inf")))
             if masked:
@@ -456,7 +453,7 @@ def _limits(here, k_ref, v_ref, mask_ref):
     zero = jnp.zeros(here.tiles.shape, jnp.float32)
     infinity = jnp.full_like(zero, float("inf"))
     low, high, keys, values, count = _pipelined(
-        here.steps(here.keys, group),
+        here.steps(here.keys, here.tiles.group),
         load,
         body,
         (infinity, -infinity, zero, zero, zero),
@@ -516,45 +513,52 @@ def _halves(coefficients, x):
 def _poison(here, y_ref, bad):
     nothing = jnp.full_like(bad, float("nan"))
 
-    def body(step, carry):
-        here.store(y_ref, *here.starts(step), here.queries, nothing, mask=bad > 0)
+    def body(tile, carry):
+        here.store(y_ref, tile, here.queries, nothing, mask=bad > 0)
         return carry
 
     jax.lax.fori_loop(0, here.steps(here.queries), body, 0)
 
 
-def _exact_forward(here, q_ref, k_ref, v_ref, mask_ref, low, high, mean):
-    """Returns a function that writes exact outputs, and denominators."""
-    group = here.tiles.group
+def _exact_forward(
+    here,
+    q_ref,
+    k_ref,
+    v_ref,
+    mask_ref,
+    low,
+    high,
+    mean,
+    y_ref,
+    output_ref=None,
+    denominator_ref=None,
+):
+    def body(step, carry):
+        tiles = here.group(step)
+        queries = [here.load(q_ref, tile, here.queries) for tile in tiles]
+        references = [jnp.where(q >= 0, high, low) for q in queries]
 
-    def write(y_ref, output_ref=None, denominator_ref=None):
-        def body(step, carry):
-            starts = here.starts(step, group)
-            queries = [here.load(q_ref, start, here.queries) for start in starts]
-            references = [jnp.where(q >= 0, high, low) for q in queries]
+        def part(index):
+            index, kept = here.valid_row(mask_ref, index, here.keys)
+            k = here.load_row(k_ref, index)
+            v = _where(kept, here.load_row(v_ref, index) - mean)
+            for q, reference in zip(queries, references, strict=True):
+                weight = jnp.exp(_where(kept, q * (k - reference)))
+                weight = _where(kept, weight)
+                yield weight, weight * v
 
-            def part(index):
-                index, kept = here.valid_row(mask_ref, index, here.keys)
-                k = here.load_row(k_ref, index)
-                v = _where(kept, here.load_row(v_ref, index) - mean)
-                for q, reference in zip(queries, references, strict=True):
-                    weight = jnp.exp(_where(kept, q * (k - reference)))
-                    weight = _where(kept, weight)
-                    yield weight, weight * v
+        sums = _exact_sums(here, here.keys, part)
+        for tile, (denominator, output) in zip(tiles, sums, strict=True):
+            denominator = jnp.where(denominator == 0, 1.0, denominator)
+            output = output / denominator
+            here.store(y_ref, tile, here.queries, output + mean)
+            if output_ref is not None:
+                here.store(output_ref, tile, here.queries, output)
+                here.store(denominator_ref, tile, here.queries, denominator)
+        return carry
 
-            sums = _exact_sums(here, here.keys, part)
-            for start, (denominator, output) in zip(starts, sums, strict=True):
-                denominator = jnp.where(denominator == 0, 1.0, denominator)
-                output = output / denominator
-                here.store(y_ref, start, here.queries, output + mean)
-                if output_ref is not None:
-                    here.store(output_ref, start, here.queries, output)
-                    here.store(denominator_ref, start, here.queries, denominator)
-            return carry
-
-        jax.lax.fori_loop(0, here.steps(here.queries, group), body, 0)
-
-    return write
+    steps = here.steps(here.queries, here.tiles.group)
+    jax.lax.fori_loop(0, steps, body, 0)
 
 
 def _exact_sums(here, length, part):
@@ -630,16 +634,13 @@ def _series_backward(
     queries, keys = here.queries, here.keys
     middle, half, inverse = _geometry(low, high)
 
-    def load_queries(step):
-        (start,) = here.starts(step)
-        denominator = here.load(denominator_ref, start, queries, 1.0)
-        return (
-            *(here.load(r, start, queries) for r in (q_ref, g_ref, y_ref)),
-            denominator,
-        )
+    def load_queries(tile):
+        denominator = here.load(denominator_ref, tile, queries, 1.0)
+        q, g, y = (here.load(r, tile, queries) for r in (q_ref, g_ref, y_ref))
+        return q, g, y, denominator
 
-    def scale_queries(tiles):
-        q, g, y, denominator = tiles
+    def scale_queries(loaded):
+        q, g, y, denominator = loaded
         if poison is not None:
             g = g + poison
         return q * (half / reach), g / denominator, y
@@ -649,16 +650,16 @@ def _series_backward(
         for i in range(2)
     )
 
-    def to_queries(step, tiles, carry):
-        s, factor, y = scale_queries(tiles)
+    def to_queries(tile, loaded, carry):
+        s, factor, y = scale_queries(loaded)
         slope = sum(_halves(upper, s)) - y * sum(_halves(lower, s))
-        here.store(to_q_ref, *here.starts(step), queries, factor * half * slope)
+        here.store(to_q_ref, tile, queries, factor * half * slope)
         return carry
 
     _pipelined(here.steps(queries), load_queries, to_queries, 0)
 
-    def add_queries(step, tiles, sums):
-        s, factor, y = scale_queries(tiles)
+    def add_queries(tile, loaded, sums):
+        s, factor, y = scale_queries(loaded)
         return _add_powers(sums, s, factor, y)
 
     zeros = (jnp.zeros(here.tiles.shape, jnp.float32),) * (2 * count + 2)
@@ -666,14 +667,11 @@ def _series_backward(
     sums = [_over_rows(jnp.sum, x) for x in sums]
     h, hy = sums[: count + 1], sums[count + 1 :]
 
-    def load_keys(step):
-        (start,) = here.starts(step)
-        return tuple(here.load(r, start, keys) for r in (k_ref, v_ref))
+    def load_keys(tile):
+        return tuple(here.load(r, tile, keys) for r in (k_ref, v_ref))
 
-    def to_keys(step, tiles, carry):
-        k, v = tiles
-        (start,) = here.starts(step)
-        valid = here.valid(mask_ref, start)
+    def to_keys(tile, loaded, carry):
+        (k, v), valid = loaded, here.valid(mask_ref, tile)
         t = _where(valid, (k - middle) * inverse)
         # Ratios of coefficients, so that three series share the same numbers.
         series = [x[count - 1] for x in (h, h[1:], hy[1:])]
@@ -684,8 +682,8 @@ def _series_backward(
             ]
         to_v, to_k, to_k_less = (scales[0] * s for s in series)
         to_k = ((v - mean) * to_k - to_k_less) * (reach * inverse)
-        here.store(to_k_ref, start, keys, _where(valid, to_k))
-        here.store(to_v_ref, start, keys, _where(valid, to_v))
+        here.store(to_k_ref, tile, keys, _where(valid, to_k))
+        here.store(to_v_ref, tile, keys, _where(valid, to_v))
         return carry
 
     _pipelined(here.steps(keys), load_keys, to_keys, 0)
@@ -710,9 +708,9 @@ def _exact_backward(
     group = here.tiles.group
 
     def to_queries(step, carry):
-        starts = here.starts(step, group)
+        tiles = here.group(step)
         queries, upstreams, outputs = (
-            [here.load(r, start, here.queries) for start in starts]
+            [here.load(r, tile, here.queries) for tile in tiles]
             for r in (q_ref, g_ref, y_ref)
         )
         references = [jnp.where(q >= 0, high, low) for q in queries]
@@ -727,22 +725,22 @@ def _exact_backward(
                 yield (_where(kept, weight * k_less * (v - y)),) * 2
 
         sums = _exact_sums(here, here.keys, part)
-        for start, g, (slope, _) in zip(starts, upstreams, sums, strict=True):
-            denominator = here.load(denominator_ref, start, here.queries, 1.0)
-            here.store(to_q_ref, start, here.queries, slope * (g / denominator))
+        for tile, g, (slope, _) in zip(tiles, upstreams, sums, strict=True):
+            denominator = here.load(denominator_ref, tile, here.queries, 1.0)
+            here.store(to_q_ref, tile, here.queries, slope * (g / denominator))
         return carry
 
     jax.lax.fori_loop(0, here.steps(here.queries, group), to_queries, 0)
 
     def to_keys(step, carry):
-        starts = here.starts(step, group)
-        tiles = [
+        tiles = here.group(step)
+        loaded = [
             (
-                here.load(k_ref, start, here.keys),
-                here.load(v_ref, start, here.keys) - mean,
-                here.valid(mask_ref, start),
+                here.load(k_ref, tile, here.keys),
+                here.load(v_ref, tile, here.keys) - mean,
+                here.valid(mask_ref, tile),
             )
-            for start in starts
+            for tile in tiles
         ]
 
         def part(index):
@@ -750,15 +748,15 @@ def _exact_backward(
             q, g, y = (here.load_row(r, index) for r in (q_ref, g_ref, y_ref))
             factor = g / here.load_row(denominator_ref, index, other=1.0)
             reference = jnp.where(q >= 0, high, low)
-            for k, v, valid in tiles:
+            for k, v, valid in loaded:
                 weight = jnp.exp(_where(valid, q * (k - reference)))
                 weight = _where(kept, weight * factor)
                 yield weight * q * (v - y), weight
 
         sums = _exact_sums(here, here.queries, part)
-        for start, (_, _, valid), (to_k, to_v) in zip(starts, tiles, sums, strict=True):
-            here.store(to_k_ref, start, here.keys, _where(valid, to_k))
-            here.store(to_v_ref, start, here.keys, _where(valid, to_v))
+        for tile, (_, _, valid), (to_k, to_v) in zip(tiles, loaded, sums, strict=True):
+            here.store(to_k_ref, tile, here.keys, _where(valid, to_k))
+            here.store(to_v_ref, tile, here.keys, _where(valid, to_v))
         return carry
 
     jax.lax.fori_loop(0, here.steps(here.keys, group), to_keys, 0)
