@@ -352,15 +352,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_at_most_two_copies_of_the_weights(tmp_path):
-    """Beside the model's own, no more than one copy is ever allocated."""
+    """Beside one copy of the weights, no more than two arrays are ever allocated.
+
+    The copy is traced where TensorFlow makes NumPy's memory the variable's own, which
+    it does wherever that memory happens to be aligned: for none, some or all weights.
+    """
     model = vit(ViTConfig(8, 256, 6, 4, 1024), (32, 32, 3), 10)
     save_vit_npz(model, tmp_path / "weights.npz")
-    size = sum(w.nbytes for w in model.get_weights())
+    sizes = [weight.nbytes for weight in model.get_weights()]
     tracemalloc.start()
     load_vit_npz(model, tmp_path / "weights.npz")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.05 * size
+    assert peak < sum(sizes) + 2 * max(sizes)
 
 
 @pytest.mark.slow
