@@ -188,18 +188,12 @@ def switch(index, branches, like):
         return ops.switch(index, branches)
     import tensorflow as tf
 
-    # TensorFlow's bridge to XLA asks whether the index is a constant, and walks for
-    # minutes through what a series was computed from. It stops at a loop's variable;
-    # XLA then removes the loop, which has one round.
-    def body(round, index, *_):
-        results = tf.switch_case(index, branches)
-        for result, shape in zip(results, like):
-            result.set_shape(shape.shape)
-        return (round + 1, index, *results)
+    def choose(first):
+        if first == len(branches) - 1:
+            return branches[first]()
+        return tf.cond(index <= first, branches[first], lambda: choose(first + 1))
 
-    return tf.while_loop(
-        lambda round, *_: round < 1,
-        body,
-        (tf.constant(0), index, *like),
-        maximum_iterations=1,
-    )[2:]
+    results = choose(0)
+    for result, shape in zip(results, like):
+        result.set_shape(shape.shape)
+    return results

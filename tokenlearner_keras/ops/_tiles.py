@@ -3,8 +3,8 @@
 XLA for CPUs makes one loop nest of each output, and no array larger than a cache should
 pass between two of them. So a loop goes over tiles of tokens, and its body has few
 kernels with much work: powers come from two small tables, `x^b` and `x^(W a)`, whose
-products are summed by one kernel for all powers at once. Some channels at a time, so
-that what the kernel reads again and again stays in the cache next to the core.
+products are summed by one kernel for all powers at once. Eight channels at a time, so
+that what the kernel reads again and again stays in registers.
 """
 
 from keras import ops
@@ -19,10 +19,11 @@ ROWS = 64
 GROUP = 16
 # Powers in the first table.
 WIDTH = 6
-# Channels that a kernel sums before it takes the next ones, at most.
-COLUMNS = 64
-# Operands of one kernel that reduces rows.
-FOLD = 32
+# Channels that a kernel sums before it takes the next ones: a vector of AVX, so that
+# the second table's rows of a group stay in registers while the first one's go by.
+COLUMNS = 8
+# The most of them where that is no divisor.
+MAX_COLUMNS = 64
 
 
 def plan(batch, length):
@@ -45,83 +46,44 @@ def columns(channels):
     """Returns how many channels a kernel sums at a time, a divisor of their number."""
     if not isinstance(channels, int):
         return channels
-    fitting = [n for n in range(1, COLUMNS + 1) if channels % n == 0]
-    # Whole vectors, if possible.
-    return max(fitting, key=lambda n: (n % 8 == 0, n))
+    if channels % COLUMNS == 0:
+        return COLUMNS
+    return max(n for n in range(1, MAX_COLUMNS + 1) if channels % n == 0)
 
 
 class Tiles:
-    """Cuts tensors `(batch, tokens, d)` into tiles, padded with zeros.
-
-    A tile has shape `(d / columns, batch, rows / GROUP, 1, GROUP, columns)`, where the
-    axis of one is for powers.
-    """
+    """Cuts tensors `(batch, tokens, d)` into tiles of tokens, padded with zeros."""
 
     def __init__(self, like):
         self.batch, self.length, self.channels = ops.shape(like)
         self.rows, self.count = plan(like.shape[0], self.length)
-        self.missing = self.rows * self.count - self.length
         self.columns = columns(self.channels)
 
-    @property
-    def whole(self):
-        """Whether no tile needs padding."""
-        return isinstance(self.missing, int) and self.missing == 0
-
-    def pad(self, x):
-        if self.whole:
-            return x
+    def cut(self, x):
+        """Returns all tiles: `(tiles, d / columns, batch, groups, GROUP, columns)`."""
         shape = list(ops.shape(x))
-        shape[1] = self.missing
-        return ops.concatenate([x, ops.zeros(shape, dtype=x.dtype)], axis=1)
+        shape[1] = self.rows * self.count - self.length
+        if not (isinstance(shape[1], int) and shape[1] == 0):
+            x = ops.concatenate([x, ops.zeros(shape, dtype=x.dtype)], axis=1)
+        groups, blocks = self.rows // GROUP, self.channels // self.columns
+        shape = (self.batch, self.count, groups, GROUP, blocks, self.columns)
+        return ops.transpose(ops.reshape(x, shape), (1, 4, 0, 2, 3, 5))
 
-    def take(self, x, index):
-        """Returns one tile of a padded tensor."""
-        if not (isinstance(self.count, int) and self.count == 1):
-            shape = (self.batch, self.rows, self.channels)
-            x = ops.slice(x, (0, index * self.rows, 0), shape)
-        return self._blocks(x, self.rows // GROUP, GROUP)
+    def take(self, tiles, index):
+        """Returns one tile, `(d / columns, batch, groups, 1, GROUP * columns)`."""
+        tile = ops.slice(tiles, (index, 0, 0, 0, 0, 0), (1, *ops.shape(tiles)[1:]))
+        shape = (*ops.shape(tiles)[1:-2], 1, GROUP * self.columns)
+        return ops.reshape(tile, shape)
 
-    def row(self, x):
-        """Returns `(batch, 1, d)` in the form that goes with tiles."""
-        return self._blocks(x, 1, 1)
-
-    def _blocks(self, x, groups, rows):
-        blocks = self.channels // self.columns
-        x = ops.reshape(x, (self.batch, groups, rows, blocks, self.columns))
-        return ops.transpose(x, (3, 0, 1, 2, 4))[:, :, :, None]
-
-
-def tree(combine, parts):
-    """Returns a list combined pairwise."""
-    parts = list(parts)
-    while len(parts) > 1:
-        last = parts[-1:] if len(parts) % 2 else []
-        parts = [combine(a, b) for a, b in zip(parts[0::2], parts[1::2])] + last
-    return parts[0]
-
-
-def fold(x, combine, reduce):
-    """Returns `reduce(x, axis=-2, keepdims=True)`, where `combine` does it for two.
-
-    XLA's own reduction over rows takes several times as long, if they are many. The
-    last few rows are left to it: XLA would do again for every token what comes last,
-    if that were no reduction.
-    """
-    rows, channels = x.shape[-2:]
-    while rows is not None and channels is not None and rows > FOLD:
-        number = max(n for n in range(1, FOLD + 1) if rows % n == 0)
-        if number < 8:
-            break
-        rows //= number
-        x = ops.reshape(x, (*ops.shape(x)[:-2], number, rows, channels))
-        x = tree(combine, ops.unstack(x, axis=-3))
-    return reduce(x, axis=-2, keepdims=True)
+    def split(self, table):
+        """Returns the rows of a table `(..., powers, GROUP * columns)`."""
+        shape = (*ops.shape(table)[:-1], GROUP, self.columns)
+        return ops.reshape(table, shape)
 
 
 def _powers(x, count):
-    """Returns `x^0, x^1, ...`, along the axis for powers."""
-    exponents = ops.reshape(ops.arange(count), (count, 1, 1))
+    """Returns `x^0, x^1, ...` for `(..., 1, n)`: `(..., count, n)`."""
+    exponents = ops.arange(count)[:, None]
     result, square = None, x
     for bit in range(max(1, (count - 1).bit_length())):
         odd = ops.equal((exponents // 2**bit) % 2, 1)
@@ -139,29 +101,13 @@ def _power(x, count):
     return half * half * x if count % 2 else half * half
 
 
-def add_moments(sums, x, factors):
-    """Adds `x^p factors[i]` of one tile to `sums[i]`, for every power p and i.
-
-    A factor `None` is one.
-    """
-    blocks, width = sums[0].shape[3:5]
-    high = _powers(_power(x, width), blocks)[:, :, :, :, None]
-    results = []
-    for total, factor in zip(sums, factors):
-        low = _powers(x, width)
-        low = (low if factor is None else low * factor)[:, :, :, None]
-        parts = map(ops.multiply, *(ops.unstack(x, axis=-2) for x in (low, high)))
-        results.append(total + tree(ops.add, parts))
-    return tuple(results)
-
-
 def finish_moments(sums, *weights):
     """Returns weighted moments: for each list of weights both, `(count, batch, 1, d)`.
 
     Weighted before the last sum, so that XLA does not do it once more for each token.
 
     Args:
-        sums: What `add_moments` returned.
+        sums: What `moments` returned.
         *weights: Lists of numbers by power.
     """
     columns, batch, _, blocks, width, size = ops.shape(sums[0])
@@ -178,36 +124,34 @@ def finish_moments(sums, *weights):
     return results
 
 
-def moments(tensors, prepare, count, whole=True):
+def moments(x, factors, count):
     """Returns the sums of `x^p y` for both `y`, as `finish_moments` takes them.
 
     Args:
-        tensors: Tuple of tensors `(batch, tokens, d)`.
-        prepare: Function of the tensors, and of a function that brings `(batch, 1, d)`
-            into their form, to `x`, and a tuple of two `y`, of which `None` is one.
+        x: Tensor of shape `(batch, tokens, d)`.
+        factors: Both `y`, of the same shape.
         count: int. Number of powers.
-        whole: bool. Whether `prepare` may be called with tiles.
     """
-    tiles = Tiles(tensors[0])
-    if not (whole and tiles.whole):
-        # Where there is padding, every `y` must be zero.
-        x, factors = prepare(tensors, lambda x: x)
-        factors = (ops.ones_like(x) if y is None else y for y in factors)
-        tensors = tuple(
-            tiles.pad(x + ops.zeros_like(tensors[0])) for x in (x, *factors)
-        )
+    tiles = Tiles(x)
+    cut = [tiles.cut(part) for part in (x, *factors)]
+    blocks = -(-count // WIDTH)
 
-        def prepare(tensors, _):
-            return tensors[0], tensors[1:]
+    def rows(table, axis):
+        return ops.unstack(ops.expand_dims(tiles.split(table), axis), axis=-2)
 
     def body(index, sums):
-        cut = tuple(tiles.take(x, index) for x in tensors)
-        return add_moments(sums, *prepare(cut, tiles.row))
+        x, *factors = (tiles.take(part, index) for part in cut)
+        low = rows(_powers(x, WIDTH), -4)
+        high = rows(_powers(_power(x, WIDTH), blocks), -3)
+        results = []
+        for total, factor in zip(sums, factors):
+            parts = [a * b * c for a, b, c in zip(rows(factor, -3), high, low)]
+            # Two chains of multiply-adds: a tree would be a third more instructions.
+            results.append(total + (sum(parts[0::2]) + sum(parts[1::2])))
+        return tuple(results)
 
-    blocks = tiles.channels // tiles.columns
-    shape = (blocks, tiles.batch, tiles.rows // GROUP)
-    shape = (*shape, -(-count // WIDTH), WIDTH, tiles.columns)
-    zeros = ops.zeros(shape, tensors[0].dtype)
+    shape = (tiles.channels // tiles.columns, tiles.batch, tiles.rows // GROUP)
+    zeros = ops.zeros((*shape, blocks, WIDTH, tiles.columns), x.dtype)
     return loop(tiles.count, body, (zeros, zeros))
 
 
@@ -243,14 +187,12 @@ leave = enter
 def frame(key, value, key_mask):
     """Returns the `Frame` of keys and values; `key_mask` may be `None`."""
     if key_mask is None:
-        signs = ops.reshape(ops.convert_to_tensor([1.0, -1.0], key.dtype), (2, 1, 1, 1))
-        limits = fold(key * signs, ops.maximum, ops.max)
-        low, high = -limits[1], limits[0]
-        total, count = fold(value, ops.add, ops.sum), ops.shape(value)[1]
+        low, high = (f(key, axis=1, keepdims=True) for f in (ops.min, ops.max))
+        count = ops.shape(value)[1]
     else:
         low, high = key_limits(key, key_mask)
-        total = ops.sum(value, axis=1, keepdims=True)
         count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+    total = ops.sum(value, axis=1, keepdims=True)
     mean = finite_mean(total, ops.cast(count, value.dtype))
     return Frame(low / 2 + high / 2, half_range(low, high), mean)
 
@@ -266,16 +208,12 @@ def key_sums(key, value, key_mask, frame, size):
         size: One of `_series.sizes()`.
     """
     count, _, scales = size
-
-    def prepare(tensors, row):
-        middle, half, mean = map(row, frame)
-        x, y = (tensors[0] - middle) / half, tensors[1] - mean
-        if key_mask is None:
-            return x, (None, y)
-        return x * key_mask, (key_mask, y * key_mask)
-
+    x, y = (key - frame.middle) / frame.half, value - frame.mean
+    ones = ops.ones_like(y)
+    if key_mask is not None:
+        x, y, ones = x * key_mask, y * key_mask, ones * key_mask
     # One more than the series has terms: the derivative starts at the second.
-    sums = moments((key, value), prepare, count + 1, whole=key_mask is None)
+    sums = moments(x, (ones, y), count + 1)
     lower, upper, *slopes = finish_moments(sums, scales, [0.0, *scales])
     return lower, upper, *(x[1:] for x in slopes)
 
@@ -311,13 +249,8 @@ def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
     denominator, _, s = denominators(query, sums, frame, size)
     factor = upstream / denominator
     slope = evaluate(sums[3], s) - output * evaluate(sums[2], s)
-
-    def prepare(tensors, row):
-        s, factor, output = tensors
-        return s * row(half / reach), (factor, factor * output)
-
     h, _, slopes, y_slopes = finish_moments(
-        moments((query, factor, output), prepare, count + 1), scales, [0.0, *scales]
+        moments(s, (factor, factor * output), count + 1), scales, [0.0, *scales]
     )
     slopes, y_slopes = (evaluate(x[1:], shifted) for x in (slopes, y_slopes))
     to_key = (value * slopes - y_slopes) * (reach / half)

@@ -10,9 +10,9 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _tiles
-from tokenlearner_keras.ops._series import Frame, check_fit, finite_mean, half_range
-from tokenlearner_keras.ops._streaming import key_limits
+from tokenlearner_keras.ops._series import check_fit
 
+frame = _tiles.frame
 outputs = _tiles.outputs
 
 
@@ -45,18 +45,6 @@ def leave(x, channels):
     """Returns `(batch * d, tokens)` as `(batch, tokens, d)`."""
     x = ops.reshape(x, (-1, channels, ops.shape(x)[1]))
     return ops.transpose(x, (0, 2, 1))
-
-
-def frame(key, value, key_mask):
-    if key_mask is None:
-        low, high = (f(key, axis=1, keepdims=True) for f in (ops.min, ops.max))
-        count = ops.shape(value)[1]
-    else:
-        low, high = key_limits(key, key_mask)
-        count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-    total = ops.sum(value, axis=1, keepdims=True)
-    mean = finite_mean(total, ops.cast(count, value.dtype))
-    return Frame(low / 2 + high / 2, half_range(low, high), mean)
 
 
 def key_sums(key, value, key_mask, frame, size):
