@@ -215,15 +215,25 @@ def key_sums(key, value, key_mask, frame, size):
     # One more than the series has terms: the derivative starts at the second.
     sums = moments(x, (ones, y), count + 1)
     lower, upper, *slopes = finish_moments(sums, scales, [0.0, *scales])
-    return lower, upper, *(x[1:] for x in slopes)
+    return never_zero(lower), upper, *(x[1:] for x in slopes)
+
+
+def never_zero(lower):
+    """Returns the denominator's coefficients, the first one where all are zero.
+
+    That is, without any valid key; the output is zero then.
+    """
+    first = ops.reshape(
+        ops.arange(lower.shape[0]) == 0, (-1, *[1] * (len(lower.shape) - 1))
+    )
+    empty = ops.logical_and(first, lower == 0)
+    return ops.where(empty, ops.ones_like(lower), lower)
 
 
 def denominators(query, sums, frame, size):
     """Returns the denominator at each scaled query, and at its negative."""
-    lower, s = sums[0], query * (frame[1] / size[1])
-    even, odd = halves(lower, s)
-    # Without any valid key every sum is zero, and so is the output.
-    even = even + ops.cast(lower[0] == 0, query.dtype)
+    s = query * (frame[1] / size[1])
+    even, odd = halves(sums[0], s)
     return even + odd, even - odd, s
 
 

@@ -54,7 +54,8 @@ def key_sums(key, value, key_mask, frame, size):
         x, y = x * key_mask, y * key_mask
     m0, m1 = _moments(x, (key_mask, y), count + 1)
     sums = (m0[:-1], m1[:-1], m0[1:], m1[1:])
-    return tuple(_column(scales, x) * part for part in sums)
+    lower, *rest = (_column(scales, x) * part for part in sums)
+    return _tiles.never_zero(lower), *rest
 
 
 def fits(query, sums, frame, size):
