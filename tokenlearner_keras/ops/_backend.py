@@ -188,6 +188,8 @@ def switch(index, branches, like):
         return ops.switch(index, branches)
     import tensorflow as tf
 
+    # Not `switch_case`: TensorFlow's bridge to XLA asks whether its index is constant,
+    # and walks for minutes through what a series was computed from.
     def choose(first):
         if first == len(branches) - 1:
             return branches[first]()
