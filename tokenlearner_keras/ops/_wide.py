@@ -10,10 +10,10 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _tiles
-from tokenlearner_keras.ops._series import check_fit
 
 frame = _tiles.frame
 outputs = _tiles.outputs
+fits = _tiles.fits
 
 
 def is_best():
@@ -56,11 +56,6 @@ def key_sums(key, value, key_mask, frame, size):
     sums = (m0[:-1], m1[:-1], m0[1:], m1[1:])
     lower, *rest = (_column(scales, x) * part for part in sums)
     return _tiles.never_zero(lower), *rest
-
-
-def fits(query, sums, frame, size):
-    denominator, opposite, s = _tiles.denominators(query, sums, frame, size)
-    return check_fit(opposite / denominator, s, sums[1][0])
 
 
 def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
