@@ -1,5 +1,7 @@
 """The fused GPU kernel, on a CPU in Pallas's interpreter, against float64."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from keras import ops
@@ -19,6 +21,8 @@ if BACKEND != "jax":
 
 import jax
 
+from tokenlearner_keras import layers
+from tokenlearner_keras.layers._forms import literal_definitions
 from tokenlearner_keras.ops import _fused
 
 
@@ -32,8 +36,10 @@ def programs(query, key, value, mask=None):
     """How many of the kernel's programs left the series."""
     size, mask = _fused._series.size(40), mask if mask is None else mask[..., None]
     stats = _fused._forward(
-        *(jax.numpy.asarray(x) for x in (query, key, value)),
-        None if mask is None else jax.numpy.asarray(mask, "float32"),
+        (
+            *(jax.numpy.asarray(x) for x in (query, key, value)),
+            None if mask is None else jax.numpy.asarray(mask, "float32"),
+        ),
         size=size,
         exact=True,
         save=True,
@@ -75,8 +81,8 @@ def test_half_precision(scale, factor, monkeypatch):
     monkeypatch.setattr(
         _fused,
         "_forward",
-        lambda *x, **options: (
-            seen.append([str(y.dtype) for y in x[:3]]) or forward(*x, **options)
+        lambda args, **options: (
+            seen.append([str(y.dtype) for y in args[:3]]) or forward(args, **options)
         ),
     )
     _fused.attention.cache_clear()
@@ -209,3 +215,120 @@ def test_lowers_for_a_gpu(method, masked, tokens, channels):
         traced = jax.jit(run).trace(x, x, x, x, mask)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 2
+
+
+def packed_layer(**arguments):
+    layer = layers.VectorAttention(**arguments)
+    layer.build((None, 45, 6))
+    rng = np.random.default_rng(3)
+    for variable in layer.variables:
+        variable.assign(0.4 * rng.standard_normal(variable.shape))
+    return layer
+
+
+def outputs_and_gradients(layer, x, upstream, **arguments):
+    def outputs(variables, x):
+        return layer.stateless_call(variables, [], x, **arguments)[0]
+
+    variables = [v.value for v in layer.trainable_variables]
+
+    def gradients(variables, x):
+        return jax.vjp(outputs, variables, x)[1](upstream)
+
+    def total(x):
+        return sum((y**2).sum() for y in jax.tree.leaves(gradients(variables, x)))
+
+    results = outputs(variables, x), gradients(variables, x), jax.grad(total)(x)
+    return [np.asarray(y, "float32") for y in jax.tree.leaves(results)]
+
+
+@pytest.fixture
+def packed_calls(monkeypatch):
+    """The shapes of what the kernel was given in one tensor."""
+    calls, forward = [], _fused._forward
+
+    def spy(args, **options):
+        if len(args) == 2:
+            calls.append(args[0].shape)
+        return forward(args, **options)
+
+    monkeypatch.setattr(_fused, "_forward", spy)
+    _fused.attention.cache_clear()
+    yield calls
+    _fused.attention.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"use_bias": True, "method": "interpolated"}]
+)
+def test_layer_projects_all_three_at_once(arguments, packed_calls):
+    layer = packed_layer(output_projection=True, **arguments)
+    rng = np.random.default_rng(4)
+    x, upstream = (normal(rng, 45, 1, 6) for _ in range(2))
+    actual = outputs_and_gradients(layer, x, upstream)
+    assert set(packed_calls) == {(1, 45, 18)}
+    # Separate tensors, the same kernel.
+    assert len(actual) == len(layer.trainable_variables) + 3
+    separate = [
+        np.asarray(y) for y in (layer(x), layer(x, x + 0), layer(x, value=x, key=x + 0))
+    ]
+    for y in separate:
+        np.testing.assert_allclose(y, actual[0], rtol=1e-5, atol=1e-6)
+    with _fused.force("off"):
+        expected = outputs_and_gradients(layer, x, upstream)
+    for a, e in zip(actual, expected, strict=True):
+        # The gradient of a bias of the keys is zero, but for rounding.
+        np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4 * np.abs(e).max() + 2e-5)
+
+
+def test_difficult_channels_of_one_tensor(packed_calls):
+    layer = packed_layer()
+    layer.query_dense.kernel.assign(30 * layer.query_dense.kernel)
+    rng = np.random.default_rng(5)
+    x, upstream = (normal(rng, 45, 3, 6) for _ in range(2))
+    actual = outputs_and_gradients(layer, x, upstream)[:-1]
+    assert packed_calls
+    with _fused.force("off"):
+        expected = outputs_and_gradients(layer, x, upstream)[:-1]
+    assert max(relative_errors(actual, expected)) < 1e-5
+
+
+def test_half_precision_in_one_tensor(packed_calls):
+    rng = np.random.default_rng(6)
+    x, upstream = (normal(rng, 45, 1, 6).astype(jax.numpy.bfloat16) for _ in range(2))
+    layer = packed_layer(dtype="mixed_bfloat16")
+    actual = outputs_and_gradients(layer, x, upstream)[:-1]
+    assert packed_calls
+    wide = packed_layer()
+    with _fused.force("off"):
+        expected = outputs_and_gradients(
+            wide, *(y.astype("float32") for y in (x, upstream))
+        )[:-1]
+    assert max(relative_errors(actual, expected)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    "case", ["cross", "mask", "scale", "dropout", "gamma", "lora", "int8", "literal"]
+)
+def test_layers_that_cannot_project_at_once(case, packed_calls):
+    arguments = {
+        "scale": {"scale": 0.5},
+        "dropout": {"dropout": 0.1},
+        "gamma": {"gamma": True},
+    }.get(case, {})
+    layer = packed_layer(**arguments)
+    x = normal(np.random.default_rng(7), 45, 1, 6)
+    call = {
+        "cross": {"value": x + 0},
+        "mask": {"mask": np.arange(45)[None] < 30},
+        "dropout": {"training": True},
+    }.get(case, {})
+    if case == "lora":
+        layer.key_dense.enable_lora(2)
+        layer.key_dense.lora_kernel_b.assign(np.ones((2, 6)))
+    elif case == "int8":
+        layer.value_dense.quantize("int8")
+    with literal_definitions() if case == "literal" else contextlib.nullcontext():
+        y = np.asarray(layer(x, **call))
+    assert not packed_calls
+    assert np.isfinite(y).all()

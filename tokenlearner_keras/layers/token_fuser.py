@@ -1,3 +1,5 @@
+import math
+
 import keras
 from keras import ops
 
@@ -7,6 +9,7 @@ from tokenlearner_keras.layers._checks import (
     check_positive_int,
     check_rate,
 )
+from tokenlearner_keras.layers._forms import is_literal
 from tokenlearner_keras.layers._initializers import clone_initializer
 from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
@@ -156,6 +159,10 @@ class TokenFuser(keras.layers.Layer):
         self._check_input_shape((tokens.shape, x.shape))
         if self.mode == "broadcast":
             fused = self.dropout_layer(self.fuse_dense(tokens), training=training)
+            if self.residual:
+                outputs = _add_in_one_kernel(x, fused)
+                if outputs is not None:
+                    return outputs
             # One vector a frame, broadcast over the positions of that frame.
             if len(x.shape) == 5:
                 fused = fused[:, :, None, None]
@@ -269,3 +276,25 @@ class TokenFuser(keras.layers.Layer):
 
 def _time(inputs_shape):
     return inputs_shape[1] if len(inputs_shape) == 5 else 1
+
+
+def _add_in_one_kernel(x, vectors):
+    """Adds the vector of each frame to its positions, or `None` where it cannot.
+
+    So that the gradient, a sum over the positions, is a kernel.
+    """
+    sizes = x.shape[2:-1] if len(x.shape) == 5 else x.shape[1:-1]
+    if (
+        keras.backend.backend() != "jax"
+        or is_literal()
+        or None in sizes
+        or x.dtype != vectors.dtype
+    ):
+        return None
+    from tokenlearner_keras.ops import _fused_tokens
+
+    positions, channels = math.prod(sizes), x.shape[-1]
+    outputs = _fused_tokens.add_to_positions(
+        ops.reshape(x, (-1, positions, channels)), ops.reshape(vectors, (-1, channels))
+    )
+    return None if outputs is None else ops.reshape(outputs, ops.shape(x))

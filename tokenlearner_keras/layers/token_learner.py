@@ -223,6 +223,10 @@ class TokenLearner(keras.layers.Layer):
             mask = ops.reshape(ops.cast(mask, "bool"), (-1, positions, 1))
             x = ops.where(mask, x, ops.zeros_like(x))
 
+        if mask is None and not return_attention_maps:
+            tokens = self._fused_tokens(x, height, width, training)
+            if tokens is not None:
+                return self._finish(tokens, time)
         logits = self._attention_logits(x, mask, height, width, training)
         # Sums over many positions, so at least float32.
         wide = keras.backend.standardize_dtype(logits.dtype) == "float64"
@@ -251,9 +255,7 @@ class TokenLearner(keras.layers.Layer):
         if self.value_dim is not None and is_literal():
             values = self.value_dense(x)
         tokens = ops.einsum("bps,bpc->bsc", ops.cast(weights, values.dtype), values)
-        if self.value_dim is not None and not is_literal():
-            tokens = self.value_dense(tokens)
-        tokens = ops.reshape(tokens, (-1, time * self.num_tokens, tokens.shape[-1]))
+        tokens = self._finish(tokens, time, is_mapped=is_literal())
         if not return_attention_maps:
             return tokens
         maps = ops.cast(ops.transpose(maps, (0, 2, 1)), self.compute_dtype)
@@ -261,6 +263,32 @@ class TokenLearner(keras.layers.Layer):
         if len(inputs.shape) == 5:
             maps_shape = (time, *maps_shape)
         return tokens, ops.reshape(maps, (-1, *maps_shape))
+
+    def _finish(self, tokens, time, is_mapped=False):
+        """Maps the tokens of frames, and brings those of a video together."""
+        if self.value_dim is not None and not is_mapped:
+            tokens = self.value_dense(tokens)
+        return ops.reshape(tokens, (-1, time * self.num_tokens, tokens.shape[-1]))
+
+    def _fused_tokens(self, x, height, width, training):
+        """Tokens by one kernel, before `value_dense`, or `None` where it cannot."""
+        if (
+            keras.backend.backend() != "jax"
+            or is_literal()
+            or self.attention != "conv"
+            or self.num_convs > 1
+            or self.activation != "sigmoid"
+            or self.use_norm
+            or self.use_bias
+            or (training and self.dropout > 0)
+        ):
+            return None
+        from tokenlearner_keras.ops import _fused_tokens
+
+        divisor = height * width if self.pooling == "mean" else 1
+        kernel = ops.cast(self.attention_layers[0].kernel, self.compute_dtype)
+        x = ops.cast(x, self.compute_dtype)
+        return _fused_tokens.tokens(x, kernel, height, width, float(divisor))
 
     def compute_mask(self, inputs, previous_mask=None):
         # The tokens are all valid, whatever was masked in the input.

@@ -7,10 +7,15 @@ from tokenlearner_keras.layers._checks import (
     check_positive_int,
     check_rate,
 )
+from tokenlearner_keras.layers._forms import is_literal
 from tokenlearner_keras.layers._initializers import clone_initializer
 from tokenlearner_keras.ops import vector_attention
 from tokenlearner_keras.ops._gamma import gamma_attention
-from tokenlearner_keras.ops.vector_attention import METHODS, resolve_method
+from tokenlearner_keras.ops.vector_attention import (
+    METHODS,
+    packed_attention,
+    resolve_method,
+)
 
 
 @keras.saving.register_keras_serializable(package="tokenlearner_keras")
@@ -171,6 +176,12 @@ class VectorAttention(keras.layers.Layer):
         key = value if key is None else key
         if mask is None:
             mask = getattr(key, "_keras_mask", None)
+        packed = None
+        if query is key is value and mask is None and not return_attention_scores:
+            packed = self._packed_attention(query, training)
+        if packed is not None:
+            x = packed(self._project(query))
+            return self.output_dense(x) if self.output_projection else x
         tensors = self.query_dense(query), self.key_dense(key), self.value_dense(value)
         arguments = {
             "mask": mask,
@@ -193,6 +204,38 @@ class VectorAttention(keras.layers.Layer):
         if self.output_projection:
             x = self.output_dense(x)
         return (x, scores) if return_attention_scores else x
+
+    def _packed_attention(self, query, training):
+        """Attention of one tensor that holds queries, keys and values, or `None`."""
+        layers = self.query_dense, self.key_dense, self.value_dense
+        if (
+            is_literal()
+            or self._has_gamma
+            or self.scale not in (None, 1.0)
+            or (training and self.dropout > 0)
+            or any(
+                type(layer) is not keras.layers.Dense
+                or layer.lora_enabled
+                or layer.quantization_mode is not None
+                for layer in layers
+            )
+        ):
+            return None
+        return packed_attention(query.shape[1], self.compute_dtype, self.method)
+
+    def _project(self, x):
+        """Queries, keys and values side by side: one matrix product, not three."""
+        layers = self.query_dense, self.key_dense, self.value_dense
+        x = ops.matmul(
+            ops.cast(x, self.compute_dtype),
+            ops.concatenate(
+                [ops.cast(layer.kernel, self.compute_dtype) for layer in layers], axis=1
+            ),
+        )
+        if self.use_bias:
+            biases = [ops.cast(layer.bias, self.compute_dtype) for layer in layers]
+            x = x + ops.concatenate(biases)
+        return x
 
     def compute_mask(self, query, previous_mask=None):
         # `mask` belongs to the keys; the output has the tokens of the query.

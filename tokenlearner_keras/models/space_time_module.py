@@ -31,6 +31,8 @@ MODULES = {
     "conv2d+spatial+temporal": ("conv2d", "spatial", "temporal"),
     "spatial+token_learner": ("spatial", "token_learner"),
 }
+# The parts that end by adding their input.
+RESIDUAL = ("mlp_mixer", "token_learner")
 ATTENTIONS = ("multi_head", "vector", "prior")
 TOKENIZERS = ("token_learner", "grid", "dense", "pooling", "mean")
 FUSERS = ("token_fuser", "broadcast")
@@ -158,7 +160,8 @@ def apply_module(x, parts, options, strides=1, between=None, prefix=""):
         parts: A value of `MODULES`.
         options: What `check_module_options` returned.
         strides: int. Spatial stride of the 2-D convolution.
-        between: Function from `(x, name)` to a tensor, applied after every part.
+        between: Function from `(x, name)` to a tensor, applied after every part that
+            does not end by adding its input.
         prefix: Start of the layers' names.
     """
     for part in parts:
@@ -186,7 +189,7 @@ def apply_module(x, parts, options, strides=1, between=None, prefix=""):
             x = SpaceTimeAttention(
                 attention, _OVER[part], dtype=options["dtype"], name=name
             )(x)
-        if between is not None:
+        if between is not None and part not in RESIDUAL:
             x = between(x, name)
     return x
 

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from tokenlearner_keras.ops import _series
+from tokenlearner_keras.ops._batch_parallel import batch_parallel
 
 # Sums of this many rows between two of Kahan's corrections, as in `_streaming`.
 BLOCK = 4
@@ -73,8 +74,10 @@ def mode(dtype):
 
 
 @functools.cache
-def attention(plain, size, exact, interpret=False):
+def attention(plain, size, exact, interpret=False, packed=False):
     """Returns the attention function of `(query, key, value, key_mask)`.
+
+    Or of `(tensor, key_mask)`, where the three are side by side in one tensor.
 
     Args:
         plain: The same function without a kernel, of float32 arrays. Second derivatives
@@ -83,6 +86,8 @@ def attention(plain, size, exact, interpret=False):
         exact: bool. Whether channels that the series does not fit are computed exactly;
             otherwise they become NaN.
         interpret: bool. Whether to run without a GPU, for tests.
+        packed: bool. Whether queries, keys and values are one tensor
+            `(batch, tokens, 3 * channels)`.
 
     Returns:
         Function of three arrays `(batch, tokens, channels)` of float32 or less, and a
@@ -91,14 +96,16 @@ def attention(plain, size, exact, interpret=False):
     """
     run = functools.partial(_forward, size=size, exact=exact, interpret=interpret)
 
-    def plain_gradients(query, key, value, key_mask, upstream):
-        mask = jnp.ones_like(key[:, :, :1], "float32") if key_mask is None else key_mask
-
+    def plain_gradients(tensors, key_mask, upstream):
         def outputs(*tensors):
-            tensors = (x.astype(jnp.float32) for x in tensors)
-            return plain(*tensors, mask).astype(value.dtype)
+            query, key, value = jnp.split(*tensors, 3, axis=2) if packed else tensors
+            mask = key_mask
+            if mask is None:
+                mask = jnp.ones_like(key[:, :, :1], "float32")
+            result = plain(*(x.astype(jnp.float32) for x in (query, key, value)), mask)
+            return result.astype(value.dtype)
 
-        _, pullback = jax.vjp(outputs, query, key, value)
+        _, pullback = jax.vjp(outputs, *tensors)
         return pullback(upstream)
 
     # What the forward kernel leaves behind depends on the arguments alone, so that the
@@ -106,7 +113,7 @@ def attention(plain, size, exact, interpret=False):
     @jax.custom_vjp
     def gradients(args, saved, upstream):
         return _backward(
-            *args, *saved, upstream, size=size, exact=exact, interpret=interpret
+            args, *saved, upstream, size=size, exact=exact, interpret=interpret
         )
 
     def gradients_rule(args, saved, upstream):
@@ -115,18 +122,19 @@ def attention(plain, size, exact, interpret=False):
     def second_rule(residuals, upstreams):
         (*tensors, key_mask), saved, upstream = residuals
         _, pullback = jax.vjp(
-            lambda q, k, v, g: plain_gradients(q, k, v, key_mask, g), *tensors, upstream
+            lambda g, *tensors: plain_gradients(tensors, key_mask, g),
+            upstream,
+            *tensors,
         )
-        *to_args, to_upstream = pullback(upstreams)
-        to_args.append(_zeros(key_mask))
-        return tuple(to_args), _zeros(saved), to_upstream
+        to_upstream, *to_tensors = pullback(upstreams)
+        return (*to_tensors, _zeros(key_mask)), _zeros(saved), to_upstream
 
     gradients.defvjp(gradients_rule, second_rule)
 
     # A function of its own, so that the kernel itself is never differentiated.
     @jax.custom_vjp
     def outputs(*args):
-        return run(*args, save=True)
+        return run(args, save=True)
 
     def outputs_rule(*args):
         results = outputs(*args)
@@ -134,62 +142,68 @@ def attention(plain, size, exact, interpret=False):
 
     def backward_rule(residuals, upstreams):
         args, saved = residuals
-        return *gradients(args, saved, upstreams[0]), _zeros(args[3])
+        return *gradients(args, saved, upstreams[0]), _zeros(args[-1])
 
     outputs.defvjp(outputs_rule, backward_rule)
 
     @jax.custom_vjp
     def function(*args):
-        return run(*args, save=False)[0]
+        return run(args, save=False)[0]
 
     function.defvjp(
         lambda *args: ((results := outputs(*args))[0], (args, results[1:])),
         lambda residuals, upstream: backward_rule(residuals, (upstream,)),
     )
-    return lambda query, key, value, mask=None: function(query, key, value, mask)
+    number = 1 if packed else 3
+    return lambda *args: function(*args, *[None] * (number + 1 - len(args)))
 
 
 def _zeros(tree):
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _forward(query, key, value, key_mask, *, size, exact, save, interpret):
+def _operands(args):
+    """Returns query, key and value, their first columns, the mask and the sizes.
+
+    Where one tensor holds all three, it is each of them.
+    """
+    *tensors, key_mask = args
+    query, key, value = tensors if len(tensors) == 3 else tensors * 3
+    starts, channels = (0, 0, 0), value.shape[2]
+    if len(tensors) == 1:
+        channels //= 3
+        starts = (0, channels, 2 * channels)
+    masks = [] if key_mask is None else [key_mask[:, :, 0]]
+    sizes = (query.shape[1], key.shape[1], channels)
+    return [query, key, value, *masks], starts, sizes
+
+
+def _forward(args, *, size, exact, save, interpret):
     """Returns outputs; with `save` also what `_backward` needs."""
     tiles, count = FORWARD, size[0]
-    batch, tokens, channels = query.shape
-    shapes, dtypes = [query.shape], [value.dtype, *[jnp.float32] * 4]
+    operands, starts, sizes = _operands(args)
+    tokens, _, channels = sizes
+    shapes, dtypes = [(tokens, channels)], [operands[2].dtype, *[jnp.float32] * 4]
     if save:
         # Limits and mean and flags; moments; centred outputs and denominators.
-        shapes += [(batch, 4, channels), (batch, 2, count + 1, channels)]
-        shapes += [query.shape, query.shape]
+        shapes += [(4, channels), (2, count + 1, channels), *shapes * 2]
     kernel = functools.partial(
         _forward_kernel,
-        sizes=(tokens, key.shape[1], channels),
+        sizes=sizes,
+        starts=starts,
         tiles=tiles,
         size=size,
         exact=exact,
         save=save,
-        masked=key_mask is not None,
+        masked=len(operands) > 3,
         interpret=interpret,
     )
-    masks = [] if key_mask is None else [key_mask[:, :, 0]]
-    return pl.pallas_call(
-        kernel,
-        out_shape=tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
-        grid=(batch, pl.cdiv(channels, tiles.columns)),
-        compiler_params=triton.CompilerParams(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        ),
-        interpret=interpret,
-        name="vector_attention_forward",
-    )(query, key, value, *masks)
+    name = "vector_attention_forward"
+    return _run(name, kernel, tiles, channels, zip(shapes, dtypes), operands)
 
 
 def _backward(
-    query,
-    key,
-    value,
-    key_mask,
+    args,
     stats,
     sums,
     output,
@@ -200,43 +214,60 @@ def _backward(
     exact,
     interpret,
 ):
-    """Returns the gradients of query, key and value."""
+    """Returns the gradients of the tensors."""
     tiles = BACKWARD
-    batch, tokens, channels = query.shape
+    operands, starts, sizes = _operands(args)
     kernel = functools.partial(
         _backward_kernel,
-        sizes=(tokens, key.shape[1], channels),
+        sizes=sizes,
+        starts=starts,
         tiles=tiles,
         size=size,
         exact=exact,
-        masked=key_mask is not None,
+        masked=len(operands) > 3,
         interpret=interpret,
     )
-    masks = [] if key_mask is None else [key_mask[:, :, 0]]
-    return pl.pallas_call(
-        kernel,
-        out_shape=tuple(
-            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)
-        ),
-        grid=(batch, pl.cdiv(channels, tiles.columns)),
-        compiler_params=triton.CompilerParams(
-            num_warps=tiles.warps, num_stages=tiles.stages
-        ),
-        interpret=interpret,
-        name="vector_attention_backward",
-    )(query, key, value, *masks, upstream, output, denominator, stats, sums)
+    operands += [upstream, output, denominator, stats, sums]
+    results = ((x.shape[1:], x.dtype) for x in args[:-1])
+    name = "vector_attention_backward"
+    return _run(name, kernel, tiles, sizes[2], results, operands)
+
+
+def _run(name, kernel, tiles, channels, results, operands):
+    """Runs a program for each example and a few channels.
+
+    `results` are the shapes of an example's, and the dtypes.
+    """
+    results = list(results)
+
+    def run(*operands):
+        batch = operands[0].shape[0]
+        return pl.pallas_call(
+            kernel,
+            out_shape=tuple(
+                jax.ShapeDtypeStruct((batch, *shape), dtype) for shape, dtype in results
+            ),
+            grid=(batch, pl.cdiv(channels, tiles.columns)),
+            compiler_params=triton.CompilerParams(
+                num_warps=tiles.warps, num_stages=tiles.stages
+            ),
+            interpret=kernel.keywords["interpret"],
+            name=name,
+        )(*operands)
+
+    return batch_parallel(run)(*operands)
 
 
 class _Program:
     """Where this program reads and writes.
 
     Tiles are `(rows, columns)`. One number a channel is a tile as well, whose rows are
-    equal.
+    equal. A reference to columns of a wider array is a pair: that, and the first.
     """
 
-    def __init__(self, sizes, tiles):
+    def __init__(self, sizes, tiles, interpret):
         self.queries, self.keys, self.channels = sizes
-        self.tiles = tiles
+        self.tiles, self.interpret = tiles, interpret
         self.batch = pl.program_id(0)
         width, start = tiles.columns, pl.program_id(1) * tiles.columns
         # An index of which Triton does not know that it counts up: otherwise neighbours
@@ -269,6 +300,7 @@ class _Program:
     def _view(self, ref, *index, mask):
         """Returns a view of a tile and which of it exists."""
         shape = self.tiles.shape
+        ref, start = ref if isinstance(ref, tuple) else (ref, 0)
         # The interpreter takes arrays only, not numbers.
         index = [jnp.broadcast_to(self.batch * 0 + i, shape) for i in index]
         masks = [
@@ -276,7 +308,7 @@ class _Program:
         ]
         mask = functools.reduce(jnp.logical_and, masks) if masks else None
         batch, columns = (
-            jnp.broadcast_to(i, shape) for i in (self.batch, self.columns)
+            jnp.broadcast_to(i, shape) for i in (self.batch, self.columns + start)
         )
         return ref.at[(batch, *index, columns)], mask
 
@@ -291,7 +323,7 @@ class _Program:
         if mask is not None:
             inside = mask if inside is None else jnp.logical_and(mask, inside)
         view, mask = self._view(ref, self._rows(tile), mask=inside)
-        triton.store(view, x.astype(ref.dtype), mask=mask)
+        triton.store(view, x.astype(view.dtype), mask=mask)
 
     def load_row(self, ref, *index, other=0.0):
         """Loads one number a channel."""
@@ -324,6 +356,18 @@ class _Program:
             kept = found if kept is None else jnp.logical_and(kept, found)
         return index, kept
 
+    def add_product(self, a, b, c):
+        """`a b + c`, rounded once: XLA does not contract the two in these kernels."""
+        if self.interpret:
+            return a * b + c
+        return triton.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;",
+            args=[jnp.broadcast_to(x, self.tiles.shape) for x in (a, b, c)],
+            constraints="=f,f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(self.tiles.shape, jnp.float32)],
+        )[0]
+
 
 def _load(view, mask, other):
     """Loads float32, of whatever dtype, and `other` where the mask is false."""
@@ -344,11 +388,12 @@ def _where(mask, x, otherwise=0.0):
     return jnp.where(jnp.broadcast_to(mask, x.shape), x, otherwise)
 
 
-def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
-    q_ref, k_ref, v_ref, *refs = refs
+def _forward_kernel(*refs, sizes, starts, tiles, size, exact, save, masked, interpret):
+    q_ref, k_ref, v_ref = zip(refs[:3], starts)
+    refs = list(refs[3:])
     mask_ref = refs.pop(0) if masked else None
     y_ref, *saved_refs = refs
-    here = _Program(sizes, tiles)
+    here = _Program(sizes, tiles, interpret)
     queries, keys, _ = sizes
     count, reach, scales = size
     zero = jnp.zeros(tiles.shape, jnp.float32)
@@ -366,7 +411,7 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
         (k, v), valid = loaded, here.valid(mask_ref, tile)
         t = _where(valid, (k - middle) * inverse)
         return _add_powers(
-            sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
+            here, sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
         )
 
     sums = _pipelined(here.steps(keys), load_keys, add_keys, (zero,) * (2 * powers))
@@ -387,10 +432,10 @@ def _forward_kernel(*refs, sizes, tiles, size, exact, save, masked, interpret):
     def evaluate(tile, q, carry):
         largest, cancellation = carry
         s = q * (half / reach)
-        even, odd = _halves(lower, s)
+        even, odd = _halves(here, lower, s)
         denominator = even + odd + empty
         factor = 1.0 / denominator
-        output = sum(_halves(upper, s)) * factor
+        output = sum(_halves(here, upper, s)) * factor
         here.store(y_ref, tile, queries, output + mean)
         if save:
             here.store(saved_refs[2], tile, queries, output)
@@ -486,7 +531,7 @@ def _pipelined(steps, load, body, init):
     return jax.lax.fori_loop(0, steps, round, (load(0), init))[1]
 
 
-def _add_powers(sums, x, first, second):
+def _add_powers(here, sums, x, first, second):
     """Adds `x^p first` and `x^p first second` to the sums, p < half their number."""
     count = len(sums) // 2
     sums0, sums1 = [], []
@@ -494,18 +539,18 @@ def _add_powers(sums, x, first, second):
         if p > 0:
             first = first * x
         sums0.append(sums[p] + first)
-        sums1.append(sums[count + p] + first * second)
+        sums1.append(here.add_product(first, second, sums[count + p]))
     return (*sums0, *sums1)
 
 
-def _halves(coefficients, x):
+def _halves(here, coefficients, x):
     """Returns the even and the odd part of a polynomial, coefficients are tiles."""
     square = x * x
     parts = []
     for part in (coefficients[0::2], coefficients[1::2]):
         result = part[-1]
         for c in reversed(part[:-1]):
-            result = result * square + c
+            result = here.add_product(result, square, c)
         parts.append(result)
     return parts[0], x * parts[1]
 
@@ -589,11 +634,14 @@ def _exact_sums(here, length, part):
     return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def _backward_kernel(*refs, sizes, tiles, size, exact, masked, interpret):
-    q_ref, k_ref, v_ref, *refs = refs
+def _backward_kernel(*refs, sizes, starts, tiles, size, exact, masked, interpret):
+    q_ref, k_ref, v_ref = zip(refs[:3], starts)
+    refs = list(refs[3:])
     mask_ref = refs.pop(0) if masked else None
     g_ref, y_ref, denominator_ref, stats_ref, sums_ref, *results = refs
-    here = _Program(sizes, tiles)
+    # One result for each tensor, as many as there are.
+    results = list(zip(results * (3 // len(results)), starts))
+    here = _Program(sizes, tiles, interpret)
     low, high, mean, bad = (here.load_row(stats_ref, i) for i in range(4))
     arguments = here, q_ref, k_ref, v_ref, mask_ref, g_ref, y_ref, denominator_ref
     # Without a branch around it: sums over threads are slower in one.
@@ -652,7 +700,7 @@ def _series_backward(
 
     def to_queries(tile, loaded, carry):
         s, factor, y = scale_queries(loaded)
-        slope = sum(_halves(upper, s)) - y * sum(_halves(lower, s))
+        slope = sum(_halves(here, upper, s)) - y * sum(_halves(here, lower, s))
         here.store(to_q_ref, tile, queries, factor * half * slope)
         return carry
 
@@ -660,7 +708,7 @@ def _series_backward(
 
     def add_queries(tile, loaded, sums):
         s, factor, y = scale_queries(loaded)
-        return _add_powers(sums, s, factor, y)
+        return _add_powers(here, sums, s, factor, y)
 
     zeros = (jnp.zeros(here.tiles.shape, jnp.float32),) * (2 * count + 2)
     sums = _pipelined(here.steps(queries), load_queries, add_queries, zeros)
@@ -678,7 +726,8 @@ def _series_backward(
         for p in range(count - 2, -1, -1):
             x = t * (scales[p + 1] / scales[p])
             series = [
-                s * x + c[p] for s, c in zip(series, (h, h[1:], hy[1:]), strict=True)
+                here.add_product(s, x, c[p])
+                for s, c in zip(series, (h, h[1:], hy[1:]), strict=True)
             ]
         to_v, to_k, to_k_less = (scales[0] * s for s in series)
         to_k = ((v - mean) * to_k - to_k_less) * (reach * inverse)

@@ -129,6 +129,26 @@ def vector_attention(
     return ops.cast(function(*tensors), dtype)
 
 
+def packed_attention(length, dtype, method="auto"):
+    """Returns self-attention of queries, keys and values in one tensor, or `None`.
+
+    Args:
+        length: int or `None`. Number of tokens.
+        dtype: Dtype of the tensor.
+        method: As of `vector_attention`.
+
+    Returns:
+        Function of a tensor `(batch, tokens, 3 * channels)`, the queries first, which
+        is what `vector_attention` is of the three. `None` where there is no kernel that
+        takes them so.
+    """
+    method = resolve_method(method)
+    if dtype == "float64" or length is None or length <= FEW_KEYS:
+        return None
+    plain = _function(method, None, "float32", False, 0.0, False)
+    return _fused_function(method, None, "float32", plain, packed=True)
+
+
 def vector_attention_error_bound(
     max_query: float, key_range: float, num_terms: int, dtype: str = "float32"
 ) -> float:
@@ -264,7 +284,7 @@ def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
     return with_gradient(*_auto_pair(_series.sizes(dtype), has_mask))
 
 
-def _fused_function(method, num_terms, dtype, plain):
+def _fused_function(method, num_terms, dtype, plain, packed=False):
     """Returns the function as one GPU kernel, or `None` where there is none."""
     if keras.backend.backend() != "jax" or method not in ("auto", "interpolated"):
         return None
@@ -276,7 +296,7 @@ def _fused_function(method, num_terms, dtype, plain):
     if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
         return None
     return _fused.attention(
-        plain, _series.size(count, dtype), method == "auto", mode == "interpret"
+        plain, _series.size(count, dtype), method == "auto", mode == "interpret", packed
     )
 
 
