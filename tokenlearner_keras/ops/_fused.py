@@ -414,7 +414,7 @@ def _forward_kernel(*refs, sizes, starts, tiles, size, exact, save, masked, inte
             here, sums, t, _where(valid, jnp.ones_like(t)), _where(valid, v - mean)
         )
 
-    sums = _pipelined(here.steps(keys), load_keys, add_keys, (zero,) * (2 * powers))
+    sums = pipelined(here.steps(keys), load_keys, add_keys, (zero,) * (2 * powers))
     sums = [_over_rows(jnp.sum, s) for s in sums]
     m0, m1 = sums[:powers], sums[powers:]
     if save:
@@ -445,7 +445,7 @@ def _forward_kernel(*refs, sizes, starts, tiles, size, exact, save, masked, inte
         ratio = _where(here.rows_inside(tile, queries), ratio * ratio)
         return jnp.maximum(largest, jnp.abs(q)), cancellation + ratio
 
-    largest, cancellation = _pipelined(
+    largest, cancellation = pipelined(
         here.steps(queries), load_queries, evaluate, (zero, zero)
     )
     z = _over_rows(jnp.max, largest) * half
@@ -497,7 +497,7 @@ def _limits(here, k_ref, v_ref, mask_ref):
 
     zero = jnp.zeros(here.tiles.shape, jnp.float32)
     infinity = jnp.full_like(zero, float("inf"))
-    low, high, keys, values, count = _pipelined(
+    low, high, keys, values, count = pipelined(
         here.steps(here.keys, here.tiles.group),
         load,
         body,
@@ -520,7 +520,7 @@ def _geometry(low, high):
     return low / 2 + high / 2, half, 1.0 / half
 
 
-def _pipelined(steps, load, body, init):
+def pipelined(steps, load, body, init):
     """A loop whose tiles are loaded one round ahead, while the one before is used."""
 
     def round(step, carry):
@@ -704,14 +704,14 @@ def _series_backward(
         here.store(to_q_ref, tile, queries, factor * half * slope)
         return carry
 
-    _pipelined(here.steps(queries), load_queries, to_queries, 0)
+    pipelined(here.steps(queries), load_queries, to_queries, 0)
 
     def add_queries(tile, loaded, sums):
         s, factor, y = scale_queries(loaded)
         return _add_powers(here, sums, s, factor, y)
 
     zeros = (jnp.zeros(here.tiles.shape, jnp.float32),) * (2 * count + 2)
-    sums = _pipelined(here.steps(queries), load_queries, add_queries, zeros)
+    sums = pipelined(here.steps(queries), load_queries, add_queries, zeros)
     sums = [_over_rows(jnp.sum, x) for x in sums]
     h, hy = sums[: count + 1], sums[count + 1 :]
 
@@ -735,7 +735,7 @@ def _series_backward(
         here.store(to_v_ref, tile, keys, _where(valid, to_v))
         return carry
 
-    _pipelined(here.steps(keys), load_keys, to_keys, 0)
+    pipelined(here.steps(keys), load_keys, to_keys, 0)
 
 
 def _exact_backward(

@@ -4,7 +4,7 @@ Each program has one frame, of which all positions fit in a block; channels go b
 steps. Forward, a matrix product gives what each tap of the convolution adds at each
 position; shifts of these sums are logits, and one more product pools the frame. So it
 is read once from memory, and once more from a cache. Backward the same the other way
-round: nothing of the size of the input is stored but its gradient.
+round: of the size of the input, only its gradient is stored.
 """
 
 import functools
@@ -21,16 +21,14 @@ from tokenlearner_keras.ops._batch_parallel import batch_parallel
 
 
 class Tiles(NamedTuple):
-    """Channels of a step, warps of a program, and steps that are loaded ahead."""
+    """Channels of a step and warps of a program."""
 
     step: int = 64
     warps: int = 4
-    stages: int = 2
 
 
-FORWARD = Tiles()
-BACKWARD = Tiles()
-SUMS = Tiles(128)
+TILES = Tiles()
+SUMS = Tiles(512, 8)
 # Positions of a frame, and taps times tokens, whose block fits in registers.
 MAX_POSITIONS = 128
 MAX_TAPS = 128
@@ -121,26 +119,26 @@ def _add(positions, interpret):
 
 def _sums(x, interpret):
     _, positions, channels = x.shape
+    step = min(SUMS.step, _block(channels))
 
     def kernel(x_ref, y_ref):
         here = _Block(interpret)
-        columns = (pl.program_id(1) * SUMS.step, SUMS.step)
+        columns = (pl.program_id(1) * step, step)
         block = here.load(x_ref, (0, _block(positions)), columns)
         total = jnp.sum(block.astype(jnp.float32), axis=0)[None]
         here.store(y_ref, (0, 1), columns, total)
 
     def run(x):
         frames = x.shape[0]
-        return (
-            pl.pallas_call(
-                kernel,
-                out_shape=jax.ShapeDtypeStruct((frames, 1, channels), x.dtype),
-                grid=(frames, pl.cdiv(channels, SUMS.step)),
-                compiler_params=triton.CompilerParams(num_warps=SUMS.warps),
-                interpret=interpret,
-                name="sum_of_positions",
-            )(x),
-        )
+        results = pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((frames, 1, channels), x.dtype),
+            grid=(frames, pl.cdiv(channels, step)),
+            compiler_params=triton.CompilerParams(num_warps=SUMS.warps),
+            interpret=interpret,
+            name="sum_of_positions",
+        )(x)
+        return (results,)
 
     return batch_parallel(run)(x)[0][:, 0]
 
@@ -172,13 +170,28 @@ def _function(shape, interpret):
 
     gradients.defvjp(gradients_rule, second_rule)
 
+    # A function of its own, so that the kernel itself is never differentiated.
+    @jax.custom_vjp
+    def outputs(x, kernel):
+        return _run("forward", shape, interpret, x, kernel)[:2]
+
+    def outputs_rule(x, kernel):
+        y, maps = outputs(x, kernel)
+        return (y, maps), (x, kernel, maps)
+
+    outputs.defvjp(
+        outputs_rule,
+        # The maps are for `gradients`, whose derivative starts from `x` once more.
+        lambda residuals, upstreams: gradients(*residuals, upstreams[0]),
+    )
+
     @jax.custom_vjp
     def function(x, kernel):
-        return _run("forward", shape, interpret, x, kernel)[0]
+        return outputs(x, kernel)[0]
 
     def forward_rule(x, kernel):
-        outputs, maps, _ = _run("forward", shape, interpret, x, kernel)
-        return outputs, (x, kernel, maps)
+        (y, _), residuals = outputs_rule(x, kernel)
+        return y, residuals
 
     function.defvjp(
         forward_rule, lambda residuals, upstream: gradients(*residuals, upstream)
@@ -218,10 +231,8 @@ def _run(direction, shape, interpret, x, kernel, *rest):
             ((positions, shape.tokens), jnp.float32),
         ],
     }[direction]
-    body, tiles = {
-        "forward": (_forward_kernel, FORWARD),
-        "backward": (_backward_kernel, BACKWARD),
-    }[direction]
+    body = {"forward": _forward_kernel, "backward": _backward_kernel}[direction]
+    tiles = TILES
 
     def run(kernel, *arrays):
         return pl.pallas_call(
@@ -231,9 +242,7 @@ def _run(direction, shape, interpret, x, kernel, *rest):
                 for sizes, dtype in results
             ),
             grid=(arrays[0].shape[0],),
-            compiler_params=triton.CompilerParams(
-                num_warps=tiles.warps, num_stages=tiles.stages
-            ),
+            compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
             interpret=interpret,
             name=f"token_learner_{direction}",
         )(kernel, *arrays)
@@ -351,7 +360,7 @@ def _forward_kernel(
         return [total + _dot(x, kernel) for total, kernel in zip(taps, kernels)]
 
     taps = [jnp.zeros((here.positions, size), jnp.float32) for _, size in here.taps]
-    taps = _fused._pipelined(here.steps, load, add_taps, taps)
+    taps = _fused.pipelined(here.steps, load, add_taps, taps)
     for block, total in zip(here.taps, taps):
         here.store(taps_ref, positions, block, total)
     here.barrier()
@@ -374,7 +383,7 @@ def _forward_kernel(
         here.store(y_ref, (0, here.tokens), (step * here.step, here.step), y)
         return carry
 
-    _fused._pipelined(here.steps, load_x, pool, 0)
+    _fused.pipelined(here.steps, load_x, pool, 0)
 
 
 def _backward_kernel(
@@ -401,7 +410,7 @@ def _backward_kernel(
         return to_maps + _dot(*loaded, axes=(1, 1))
 
     to_maps = jnp.zeros((here.positions, here.tokens), jnp.float32)
-    to_maps = _fused._pipelined(here.steps, load, add_maps, to_maps)
+    to_maps = _fused.pipelined(here.steps, load, add_maps, to_maps)
     maps = here.load(maps_ref, positions, tokens)
     scaled = maps * (1.0 / shape.divisor)
     here.store(logits_ref, positions, tokens, to_maps * scaled * (1.0 - maps))
@@ -429,4 +438,4 @@ def _backward_kernel(
         here.store(to_x_ref, positions, (step * here.step, here.step), x)
         return carry
 
-    _fused._pipelined(here.steps, load_kernel, to_x, 0)
+    _fused.pipelined(here.steps, load_kernel, to_x, 0)
