@@ -39,7 +39,9 @@ def x2plus1d(
     [TokenLearner](https://arxiv.org/abs/2106.11297v1): the depths, widths and strides
     of [X3D](https://arxiv.org/abs/2004.04730)-M, every 3-D convolution replaced by a
     2-D and a 1-D one, without squeeze-excitation and swish. Every block of the last
-    stage is figure 7's inverted bottleneck around `temporal_module`. The stem halves
+    stage is figure 7's inverted bottleneck around `temporal_module`. A batch norm and a
+    ReLU follow every part of a block but those that add their input themselves
+    (TokenLearner with its fuser, the MLP mixer). The stem halves
     height and width, and so does each stage; frames are never strided. Where the last
     stage's module has no convolution to stride, a 2 x 2 average pool in front of its
     first block does it.
