@@ -94,6 +94,18 @@ def test_every_module(module):
     assert tuple(shape) == (None, 4, 4, 4, 16)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_norm_follows_what_does_not_add_its_input(module):
+    model = small(temporal_module=module)
+    names = {layer.name for layer in model.layers}
+    for index in range(2):
+        for part in MODULES[module]:
+            name = f"stage_1_block_{index}_{part}"
+            followed = part not in ("token_learner", "mlp_mixer")
+            assert (f"{name}_norm" in names) == followed, name
+            assert (f"{name}_relu" in names) == followed, name
+
+
 def test_save_and_reload(tmp_path):
     model = small()
     randomize_weights(model, scale=0.1)

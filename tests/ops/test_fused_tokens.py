@@ -73,7 +73,7 @@ def wide(tree):
         ((2, 3, 4, 5, 17), {"num_tokens": 3, "pooling": "sum"}),
         ((1, 1, 8, 8, 64), {"num_tokens": 4, "kernel_size": 5}),
         ((3, 9, 7), {"num_tokens": 9, "kernel_size": 2}),
-        ((1, 11, 11, 3), {"num_tokens": 14}),
+        ((1, 8, 7, 3), {"num_tokens": 14}),
     ],
 )
 def test_token_learner(shape, arguments, runs):
@@ -212,8 +212,8 @@ def test_sums_of_positions():
     actual = wide(_fused_tokens._sums(x, True))
     np.testing.assert_allclose(actual, expected, rtol=4e-3, atol=1e-6)
     # The sum is in float32: exact for whole numbers, then rounded once.
-    ones = jnp.ones((1, 121, 16), "bfloat16")
-    np.testing.assert_array_equal(wide(_fused_tokens._sums(ones, True)), 121)
+    ones = jnp.ones((1, 63, 16), "bfloat16")
+    np.testing.assert_array_equal(wide(_fused_tokens._sums(ones, True)), 63)
     add = _fused_tokens._add(49, True)
     second = jax.grad(
         lambda v: jnp.sum(

@@ -281,6 +281,7 @@ class TokenLearner(keras.layers.Layer):
             or self.use_norm
             or self.use_bias
             or (training and self.dropout > 0)
+            or not (isinstance(height, int) and isinstance(width, int))
         ):
             return None
         from tokenlearner_keras.ops import _fused_tokens

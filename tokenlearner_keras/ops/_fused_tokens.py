@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 TILES = Tiles()
 SUMS = Tiles(512, 8)
 # Positions of a frame, and taps times tokens, whose block fits in registers.
-MAX_POSITIONS = 128
+MAX_POSITIONS = 64
 MAX_TAPS = 128
 
 
