@@ -13,6 +13,7 @@ from tokenlearner_keras.layers._forms import compiled_for_cpu, is_literal, on_gp
 from tokenlearner_keras.layers._initializers import clone_initializer
 from tokenlearner_keras.layers._layer_normalization import LayerNormalization
 from tokenlearner_keras.layers.activations import gelu
+from tokenlearner_keras.ops._taps import sum_taps
 
 ATTENTIONS = ("conv", "mlp")
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -438,25 +439,8 @@ def _convolve(layer, x):
     kernel = ops.reshape(
         ops.transpose(ops.cast(layer.kernel, dtype), (2, 0, 1, 3)), (channels, -1)
     )
-    _, height, width, _ = ops.shape(x)
-    before = (size - 1) // 2
-    border = (before, size - 1 - before)
-    taps = ops.pad(
-        ops.matmul(ops.cast(x, dtype), kernel), ((0, 0), border, border, (0, 0))
-    )
-    total = sum(
-        ops.cast(
-            taps[
-                :,
-                row : row + height,
-                column : column + width,
-                (row * size + column) * filters : (row * size + column + 1) * filters,
-            ],
-            wide,
-        )
-        for row in range(size)
-        for column in range(size)
-    )
+    taps = ops.matmul(ops.cast(x, dtype), kernel)
+    total = sum_taps(taps, size, filters, wide)
     if layer.use_bias:
         total = total + ops.cast(layer.bias, wide)
     return ops.cast(total, dtype)

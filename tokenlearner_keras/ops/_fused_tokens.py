@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from tokenlearner_keras.ops import _fused
 from tokenlearner_keras.ops._batch_parallel import batch_parallel
+from tokenlearner_keras.ops._taps import sum_taps
 
 
 class Tiles(NamedTuple):
@@ -86,13 +87,17 @@ def add_to_positions(x, vectors):
     The kernel is that of the gradient, a sum over the positions.
 
     Args:
-        x: Array of shape `(frames, positions, channels)`, of half precision.
-        vectors: Array of shape `(frames, channels)`, of the same dtype.
+        x: Array of frames, one after the other, of half precision; channels last.
+        vectors: Array with the channels of each frame, of the same dtype.
     """
     mode = _fused.mode("float32")
-    if mode is None or not _is_half(x.dtype) or x.shape[1] > MAX_POSITIONS:
+    if mode is None or not _is_half(x.dtype) or x.dtype != vectors.dtype:
         return None
-    return _add(x.shape[1], mode == "interpret")(x, vectors)
+    vectors = vectors.reshape(-1, vectors.shape[-1])
+    frames = x.reshape(vectors.shape[0], -1, vectors.shape[1])
+    if frames.shape[1] > MAX_POSITIONS:
+        return None
+    return _add(frames.shape[1], mode == "interpret")(frames, vectors).reshape(x.shape)
 
 
 @functools.cache
@@ -202,15 +207,8 @@ def _function(shape, interpret):
 def _plain(x, kernel, shape):
     """The same by array operations."""
     taps = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-    taps = taps.reshape(-1, shape.height, shape.width, shape.kernel**2, shape.tokens)
-    before = (shape.kernel - 1) // 2
-    border = (before, shape.kernel - 1 - before)
-    taps = jnp.pad(taps, ((0, 0), border, border, (0, 0), (0, 0)))
-    logits = sum(
-        taps[:, row : row + shape.height, column : column + shape.width, tap]
-        for tap in range(shape.kernel**2)
-        for row, column in [divmod(tap, shape.kernel)]
-    )
+    taps = taps.reshape(-1, shape.height, shape.width, shape.taps)
+    logits = sum_taps(taps, shape.kernel, shape.tokens, "float32")
     maps = jax.nn.sigmoid(logits).reshape(-1, shape.positions, shape.tokens)
     weights = (maps / shape.divisor).astype(x.dtype)
     return jnp.einsum("nps,npc->nsc", weights, x)
@@ -232,17 +230,16 @@ def _run(direction, shape, interpret, x, kernel, *rest):
         ],
     }[direction]
     body = {"forward": _forward_kernel, "backward": _backward_kernel}[direction]
-    tiles = TILES
 
     def run(kernel, *arrays):
         return pl.pallas_call(
-            functools.partial(body, shape=shape, tiles=tiles, interpret=interpret),
+            functools.partial(body, shape=shape, interpret=interpret),
             out_shape=tuple(
                 jax.ShapeDtypeStruct((arrays[0].shape[0], *sizes), dtype)
                 for sizes, dtype in results
             ),
             grid=(arrays[0].shape[0],),
-            compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
+            compiler_params=triton.CompilerParams(num_warps=TILES.warps, num_stages=1),
             interpret=interpret,
             name=f"token_learner_{direction}",
         )(kernel, *arrays)
@@ -307,12 +304,26 @@ class _Block:
 class _Frame(_Block):
     """Blocks of a frame and the sizes of them."""
 
-    def __init__(self, shape, tiles, interpret):
+    def __init__(self, shape, interpret):
         super().__init__(interpret)
-        self.shape, self.step = shape, tiles.step
+        self.shape = shape
         self.positions, self.tokens = _block(shape.positions), _block(shape.tokens)
         self.taps = _blocks(shape.taps)
-        self.steps = pl.cdiv(shape.channels, tiles.step)
+        self.steps = pl.cdiv(shape.channels, TILES.step)
+
+    def channels(self, step):
+        """The first channel of a step, and how many it has."""
+        return step * TILES.step, TILES.step
+
+    def load_beside_kernel(self, ref, rows, kernel_ref):
+        """Returns a function that loads a step's channels, and those of the kernel."""
+
+        def load(step):
+            channels = self.channels(step)
+            kernels = [self.load(kernel_ref, channels, block) for block in self.taps]
+            return self.load(ref, rows, channels), kernels
+
+        return load
 
     def shifted(self, ref, sign, taps, columns):
         """Loads numbers of the positions that taps are away, zero outside the frame.
@@ -344,22 +355,16 @@ def _dot(a, b, axes=(1, 0)):
     return jax.lax.dot_general(a, b, over, preferred_element_type=jnp.float32)
 
 
-def _forward_kernel(
-    kernel_ref, x_ref, y_ref, maps_ref, taps_ref, *, shape, tiles, interpret
-):
-    here = _Frame(shape, tiles, interpret)
+def _forward_kernel(kernel_ref, x_ref, y_ref, maps_ref, taps_ref, *, shape, interpret):
+    here = _Frame(shape, interpret)
     positions = (0, here.positions)
-
-    def load(step):
-        channels = (step * here.step, here.step)
-        kernels = [here.load(kernel_ref, channels, block) for block in here.taps]
-        return here.load(x_ref, positions, channels), kernels
 
     def add_taps(step, loaded, taps):
         x, kernels = loaded
         return [total + _dot(x, kernel) for total, kernel in zip(taps, kernels)]
 
     taps = [jnp.zeros((here.positions, size), jnp.float32) for _, size in here.taps]
+    load = here.load_beside_kernel(x_ref, positions, kernel_ref)
     taps = _fused.pipelined(here.steps, load, add_taps, taps)
     for block, total in zip(here.taps, taps):
         here.store(taps_ref, positions, block, total)
@@ -376,11 +381,11 @@ def _forward_kernel(
     weights = jnp.where(inside, maps * (1.0 / shape.divisor), 0.0).astype(x_ref.dtype)
 
     def load_x(step):
-        return here.load(x_ref, positions, (step * here.step, here.step))
+        return here.load(x_ref, positions, here.channels(step))
 
     def pool(step, x, carry):
         y = _dot(weights, x, axes=(0, 0))
-        here.store(y_ref, (0, here.tokens), (step * here.step, here.step), y)
+        here.store(y_ref, (0, here.tokens), here.channels(step), y)
         return carry
 
     _fused.pipelined(here.steps, load_x, pool, 0)
@@ -396,14 +401,13 @@ def _backward_kernel(
     logits_ref,
     *,
     shape,
-    tiles,
     interpret,
 ):
-    here = _Frame(shape, tiles, interpret)
+    here = _Frame(shape, interpret)
     positions, tokens = (0, here.positions), (0, here.tokens)
 
     def load(step):
-        channels = (step * here.step, here.step)
+        channels = here.channels(step)
         return here.load(x_ref, positions, channels), here.load(g_ref, tokens, channels)
 
     def add_maps(step, loaded, to_maps):
@@ -425,17 +429,13 @@ def _backward_kernel(
         here.store(to_taps_ref, positions, block, to_taps[-1])
     weights = scaled.astype(x_ref.dtype)
 
-    def load_kernel(step):
-        channels = (step * here.step, here.step)
-        kernels = [here.load(kernel_ref, channels, block) for block in here.taps]
-        return here.load(g_ref, tokens, channels), kernels
-
     def to_x(step, loaded, carry):
         g, kernels = loaded
         x = _dot(weights, g)
         for part, kernel in zip(to_taps, kernels):
             x += _dot(part, kernel, axes=(1, 1))
-        here.store(to_x_ref, positions, (step * here.step, here.step), x)
+        here.store(to_x_ref, positions, here.channels(step), x)
         return carry
 
-    _fused.pipelined(here.steps, load_kernel, to_x, 0)
+    load = here.load_beside_kernel(g_ref, tokens, kernel_ref)
+    _fused.pipelined(here.steps, load, to_x, 0)
