@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import poisson
 
-SIZES = ((35, 21.0), (40, 26.0), (64, 45.0))
-TOLERANCE = 1.1e-7  # below the spacing of float32 at one, 2 ** -23 = 1.19e-7
+# Below the spacing of float32 at one, 2 ** -23 = 1.19e-7; and for bfloat16 below its
+# spacing, 2 ** -8, divided by the largest cancellation that is let through, 16.
+TABLES = {
+    "COEFFICIENTS": (((35, 21.0), (40, 26.0), (64, 45.0)), 1.1e-7),
+    "BFLOAT16_COEFFICIENTS": (((30, 26.0),), 2.0**-12),
+}
 
 
 def fit(num_terms, reach, cutoff, iterations=60):
@@ -51,30 +55,35 @@ def main():
         "Written by benchmarks/vector_attention_coefficients.py; what they are is said",
         "there.",
         '"""',
-        "",
-        "COEFFICIENTS = (",
     ]
-    for num_terms, reach in SIZES:
-        for cutoff in 10.0 ** np.arange(-5, -12, -0.5):
-            coefficients, error = fit(num_terms, reach, cutoff)
-            if error <= TOLERANCE:
-                break
-        else:
-            raise SystemExit(f"no fit for {num_terms} terms and reach {reach}")
-        w = np.linspace(0, reach, 4001)[:, None]
-        growth = poisson.pmf(np.arange(num_terms), w) @ np.abs(coefficients)
-        print(
-            f"{num_terms} terms, reach {reach}: error {error:.2e}, growth "
-            f"{growth.max():.3f}, cutoff {cutoff:.0e}",
-            flush=True,
-        )
-        lines += [f"    ({num_terms}, {reach}, ("]
-        lines += [f"        {c:.15g}," for c in coefficients]
-        lines += ["    )),"]
-    lines += [")", ""]
+    for name, (sizes, tolerance) in TABLES.items():
+        lines += ["", f"{name} = ("]
+        for num_terms, reach in sizes:
+            lines += [f"    ({num_terms}, {reach}, ("]
+            lines += [f"        {c:.15g}," for c in find(num_terms, reach, tolerance)]
+            lines += ["    )),"]
+        lines += [")"]
     root = Path(__file__).parent.parent
     path = root / "tokenlearner_keras" / "ops" / "_coefficients.py"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([*lines, ""]))
+
+
+def find(num_terms, reach, tolerance):
+    """Returns the smallest coefficients that are exact enough."""
+    for cutoff in 10.0 ** np.arange(-4, -12, -0.5):
+        coefficients, error = fit(num_terms, reach, cutoff)
+        if error <= tolerance:
+            break
+    else:
+        raise SystemExit(f"no fit for {num_terms} terms and reach {reach}")
+    w = np.linspace(0, reach, 4001)[:, None]
+    growth = poisson.pmf(np.arange(num_terms), w) @ np.abs(coefficients)
+    print(
+        f"{num_terms} terms, reach {reach}: error {error:.2e}, growth "
+        f"{growth.max():.3f}, cutoff {cutoff:.0e}",
+        flush=True,
+    )
+    return coefficients
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def programs(query, key, value, mask=None):
         interpret=True,
     )[1]
     bad = np.asarray(stats[:, 3]) > 0
-    missing = -bad.shape[1] % _fused.FORWARD.columns
-    bad = np.pad(bad, ((0, 0), (0, missing)))
-    return bad.reshape(bad.shape[0], -1, _fused.FORWARD.columns).any(-1)
+    columns = _fused.tiles(*bad.shape, [query.dtype]).columns
+    bad = np.pad(bad, ((0, 0), (0, -bad.shape[1] % columns)))
+    return bad.reshape(bad.shape[0], -1, columns).any(-1)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 10.0])

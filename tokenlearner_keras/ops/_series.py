@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from tokenlearner_keras.ops._coefficients import COEFFICIENTS
+from tokenlearner_keras.ops._coefficients import BFLOAT16_COEFFICIENTS, COEFFICIENTS
 
 # Where alternating terms cancel by more than this (root mean square over the queries
 # of one channel), float32 would lose more than a relative 1e-5.
@@ -67,10 +67,17 @@ def _scaled(coefficients, reach):
     )
 
 
+def _table(dtype):
+    """Returns the fitted polynomials that are exact enough for a dtype."""
+    if dtype == "float64":
+        return ()
+    return COEFFICIENTS + (BFLOAT16_COEFFICIENTS if dtype == "bfloat16" else ())
+
+
 def size(num_terms, dtype="float32"):
     """Returns the size with `num_terms` terms."""
-    for terms, reach, coefficients in COEFFICIENTS:
-        if terms == num_terms and dtype != "float64":
+    for terms, reach, coefficients in _table(dtype):
+        if terms == num_terms:
             return num_terms, reach, _scaled(coefficients, reach)
     reach = taylor_reach(num_terms, 2.0**-52 if dtype == "float64" else 2.0**-23)
     return num_terms, reach, _scaled((1.0,) * num_terms, reach)
@@ -124,12 +131,12 @@ def check_fit(ratio, s, total):
 
 def remainder(num_terms, z, dtype="float32"):
     """Returns a bound on |polynomial(w) - e^w| e^-|w| for every |w| <= z."""
-    table = {n: (reach, c) for n, reach, c in COEFFICIENTS}
-    if dtype == "float64" or num_terms not in table:
+    table = {n: (reach, c) for n, reach, c in _table(dtype)}
+    if num_terms not in table:
         return taylor_remainder(num_terms, z)
     reach, coefficients = table[num_terms]
     if z <= reach:
-        return _fitted_error(num_terms)
+        return _fitted_error(reach, coefficients)
     p = np.arange(num_terms)
     logs = p * np.log(z) - np.array([math.lgamma(n + 1) for n in p]) - z
     change = np.abs(np.array(coefficients) - 1)
@@ -137,9 +144,8 @@ def remainder(num_terms, z, dtype="float32"):
 
 
 @functools.cache
-def _fitted_error(num_terms):
+def _fitted_error(reach, coefficients):
     """Largest weighted error of a fitted polynomial over its reach."""
-    reach, coefficients = next((z, c) for n, z, c in COEFFICIENTS if n == num_terms)
     w = np.linspace(-reach, reach, 20001)
     total = np.zeros_like(w)
     for p, c in enumerate(coefficients):

@@ -14,6 +14,8 @@ from tokenlearner_keras.ops._backend import switch, unconverted, with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
 INTERPOLATED_TERMS = 40
+# Enough for the same queries and keys within the spacing of bfloat16 at one.
+BFLOAT16_TERMS = 30
 # A sum over so few keys costs no more than a series.
 FEW_KEYS = 40
 
@@ -47,8 +49,9 @@ def vector_attention(
     - `"auto"`: the shortest compiled series whose error bound,
       `vector_attention_error_bound`, is at most the spacing of the dtype at one; where
       none is, where alternating terms would cancel, and for infinities, streaming. The
-      choice is made for the whole batch while the program runs. Streaming as well for
-      40 keys or fewer, where a series would save nothing.
+      choice is made for the whole batch while the program runs, by the GPU kernel of
+      the JAX backend for a few channels of one example. Streaming as well for 40 keys
+      or fewer, where a series would save nothing.
 
     Computed in float32 at least, whatever the dtype of the inputs.
 
@@ -119,7 +122,8 @@ def vector_attention(
     function = _function(
         method, num_terms, inner, pair_mask is not None, dropout, mask is not None
     )
-    fused = _fused_function(method, num_terms, inner, function)
+    narrow = "bfloat16" if set(dtypes) == {"bfloat16"} else inner
+    fused = _fused_function(method, num_terms, narrow, function)
     if fused is not None and all(query.shape) and all(key.shape):
         function, tensors[3:] = fused, [] if mask is None else [key_mask]
         # The kernel reads half precision as it is. A scaled query would be rounded.
@@ -146,7 +150,7 @@ def packed_attention(length, dtype, method="auto"):
     if dtype == "float64" or length is None or length <= FEW_KEYS:
         return None
     plain = _function(method, None, "float32", False, 0.0, False)
-    return _fused_function(method, None, "float32", plain, packed=True)
+    return _fused_function(method, None, dtype, plain, packed=True)
 
 
 def vector_attention_error_bound(
@@ -168,9 +172,11 @@ def vector_attention_error_bound(
         max_query: float. Largest `|scale * query|` of a channel.
         key_range: float. Largest minus smallest key of that channel.
         num_terms: int. Number of coefficients. 35, 40 and 64 have a near-minimax
-            polynomial (in float32, `auto` uses 35 and 64, `interpolated` 40); others
-            are the Taylor series, as are all in float64.
-        dtype: Name of the dtype of the computation.
+            polynomial (in float32, `auto` uses 35 and 64, `interpolated` and the GPU
+            kernel of the JAX backend 40), and 30 has one for bfloat16 (which that
+            kernel uses where queries, keys and values are bfloat16); others are the
+            Taylor series, as are all in float64.
+        dtype: Name of the dtype of the queries, keys and values.
 
     Returns:
         The bound, a float; at least as large as the truth.
@@ -292,12 +298,14 @@ def _fused_function(method, num_terms, dtype, plain, packed=False):
 
     # Not the shortest series: a channel that it does not reach costs its neighbours
     # quadratic time.
-    mode, count = _fused.mode(dtype), num_terms or INTERPOLATED_TERMS
-    if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
+    if method == "auto" and dtype == "bfloat16":
+        size = _series.size(BFLOAT16_TERMS, dtype)
+    else:
+        size = _series.size(num_terms or INTERPOLATED_TERMS)
+    mode = _fused.mode(dtype)
+    if mode is None or not 2 <= size[0] <= INTERPOLATED_TERMS:
         return None
-    return _fused.attention(
-        plain, _series.size(count, dtype), method == "auto", mode == "interpret", packed
-    )
+    return _fused.attention(plain, size, method == "auto", mode == "interpret", packed)
 
 
 def _centered(value, key_mask):
