@@ -95,6 +95,38 @@ def test_half_precision(scale, factor, monkeypatch):
     assert seen == [[query, "bfloat16", "bfloat16"]]
 
 
+@pytest.mark.parametrize("terms", [30, 40])
+def test_which_series(terms, monkeypatch):
+    """The short one for bfloat16 alone, and within the rounding of its results."""
+    rng = np.random.default_rng(11)
+    arrays = [normal(rng, 70, s, 16).astype(jax.numpy.bfloat16) for s in (2, 2, 1, 1)]
+    expected = reference(*(np.asarray(x, "float32") for x in arrays))
+    if terms == 40:
+        arrays[0] = arrays[0].astype("float32")
+    seen, forward = [], _fused._forward
+    monkeypatch.setattr(
+        _fused,
+        "_forward",
+        lambda args, **options: (
+            seen.append(options["size"]) or forward(args, **options)
+        ),
+    )
+    _fused.attention.cache_clear()
+    results = value_and_gradients(*arrays)
+    _fused.attention.cache_clear()
+    assert [size[0] for size in seen] == [terms]
+    assert max(relative_errors(results, expected)) < 2.5e-3
+    # Most of it by the series.
+    stats = _fused._forward(
+        (*(jax.numpy.asarray(x, "float32") for x in arrays[:3]), None),
+        size=seen[0],
+        exact=True,
+        save=True,
+        interpret=True,
+    )[1]
+    assert np.mean(np.asarray(stats[:, 3]) == 0) > 0.5
+
+
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_masks_and_cross_attention(scale):
     rng = np.random.default_rng(2)
