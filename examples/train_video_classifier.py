@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=0.006)
-    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=32, help="height and width")
     parser.add_argument("--tokens", type=int, default=3, help="tokens of a frame")
     parser.add_argument(

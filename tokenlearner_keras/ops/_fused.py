@@ -23,8 +23,6 @@ from tokenlearner_keras.ops._batch_parallel import batch_parallel
 BLOCK = 4
 # The reciprocal of a larger range of keys would not be a normal number.
 MAX_HALF = 1e30
-
-
 # Tiles whose sums over the rows are taken together.
 TOTALS = 32
 

@@ -122,8 +122,8 @@ def vector_attention(
     function = _function(
         method, num_terms, inner, pair_mask is not None, dropout, mask is not None
     )
-    narrow = "bfloat16" if set(dtypes) == {"bfloat16"} else inner
-    fused = _fused_function(method, num_terms, narrow, function)
+    exactness = "bfloat16" if set(dtypes) == {"bfloat16"} else inner
+    fused = _fused_function(method, num_terms, exactness, function)
     if fused is not None and all(query.shape) and all(key.shape):
         function, tensors[3:] = fused, [] if mask is None else [key_mask]
         # The kernel reads half precision as it is. A scaled query would be rounded.
