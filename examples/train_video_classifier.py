@@ -334,9 +334,8 @@ def write_outputs(model, rows, data, arguments):
         for label in np.asarray(batch["labels"])[:2]
     ]
     # Four of the tokens, as figure 8.
-    figure = attention_figure(
-        clips[:, frames], maps[:, frames], range(min(4, arguments.tokens)), titles
-    )
+    tokens = range(min(4, arguments.tokens))
+    figure = attention_figure(clips, maps, tokens, titles, frames=frames)
     figure.savefig(arguments.output / "attention_maps.png", dpi=80)
 
 

@@ -188,6 +188,23 @@ def test_figure_of_clips():
     overlay = attention_overlay(clips, maps, [7], value_range=(0, 1))
     shown = figure.axes[5 * 3 + 2].get_images()[0].get_array()
     np.testing.assert_allclose(shown, overlay[1, 2, 0], atol=1e-6)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["frame 0", "frame 1"]
+
+
+def test_figure_of_chosen_frames():
+    clips = np.random.default_rng(0).random((1, 5, 8, 8, 3), dtype="float32")
+    maps = np.random.default_rng(1).random((1, 5, 2, 4, 4), dtype="float32")
+    figure = attention_figure(clips, maps, frames=[4, 1], value_range=(0, 1))
+    assert len(figure.axes) == 3 * 2
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["frame 4", "frame 1"]
+    overlay = attention_overlay(clips, maps, value_range=(0, 1))
+    for column, frame in enumerate((4, 1)):
+        shown = figure.axes[2 + column].get_images()[0].get_array()
+        np.testing.assert_allclose(shown, overlay[0, frame, 0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"the 5 frames of the clips.*frames=\[5\]"):
+        attention_figure(clips, maps, frames=[5])
+    with pytest.raises(ValueError, match=r"`frames` must.*shape \(1, 8, 8, 3\)"):
+        attention_figure(clips[:, 0], maps[:, 0], frames=[0])
 
 
 def test_missing_matplotlib_is_named(monkeypatch):

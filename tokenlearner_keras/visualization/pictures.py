@@ -120,6 +120,7 @@ def attention_figure(
     titles: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
     tile_size: float = 1.2,
+    frames: Sequence[int] | None = None,
     **kwargs,
 ):
     """Draws figure 8 of the paper: inputs and what chosen tokens look at.
@@ -131,14 +132,29 @@ def attention_figure(
         titles: One string an example, such as its class. `None` writes none.
         value_range: As for `attention_overlay`.
         tile_size: Height of one image, in inches.
+        frames: Indices of the frames of clips to show. `None` shows all.
         **kwargs: Further arguments of `attention_overlay`.
 
     Returns:
         A `matplotlib.figure.Figure` that belongs to no window; `savefig` writes it.
         Images make one row an example: the input, then its tokens. Clips make
         one strip an example: a column a frame, the input on top, a row a token.
+
+    Raises:
+        ValueError: if there is not one title an example, or for `frames` of images or
+            that the clips do not have.
     """
     matplotlib = _import_matplotlib()
+    images, maps = np.asarray(images), np.asarray(maps)
+    if frames is not None:
+        length = images.shape[1] if images.ndim == 5 else 0
+        if not all(0 <= frame < length for frame in frames):
+            raise ValueError(
+                f"Argument `frames` must have indices of the {length} frames of the "
+                f"clips. Received: frames={list(frames)} for images of shape "
+                f"{images.shape}"
+            )
+        images, maps = images[:, list(frames)], maps[:, list(frames)]
     tiles = attention_tiles(images, maps, tokens, value_range, **kwargs)
     shown = _token_indices(tokens, np.shape(maps)[-3])
     labels = ["input", *(f"token {token}" for token in shown)]
@@ -147,8 +163,10 @@ def attention_figure(
             "Argument `titles` must have one string for each example. Received: "
             f"{len(titles)} titles for {len(tiles)} examples"
         )
-    is_video = tiles.ndim == 6
+    is_video, headings = tiles.ndim == 6, labels
     if is_video:
+        numbers = range(tiles.shape[1]) if frames is None else frames
+        headings = [f"frame {number}" for number in numbers]
         # (batch, time, shown, ...) to rows of frames: (batch * shown, time, ...).
         tiles = tiles.swapaxes(1, 2).reshape(-1, tiles.shape[1], *tiles.shape[3:])
     rows, columns, height, width, _ = tiles.shape
@@ -163,9 +181,7 @@ def attention_figure(
             axis.imshow(tiles[row, column], vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             if row == 0:
-                axis.set_title(
-                    f"frame {column}" if is_video else labels[column], fontsize=9
-                )
+                axis.set_title(headings[column], fontsize=9)
         if is_video:
             example, index = divmod(row, len(labels))
             text = labels[index]
