@@ -69,25 +69,32 @@ def test_accuracy_on_hard_inputs(name, scale):
     assert_accurate(*HARD[name](rng, np.float32(scale) * q, k, v), jit=True)
 
 
+@pytest.fixture
+def forward_calls(monkeypatch):
+    """What the forward kernel was given: the arguments, and the others by name."""
+    calls, forward = [], _fused._forward
+    monkeypatch.setattr(
+        _fused,
+        "_forward",
+        lambda args, **options: (
+            calls.append((args, options)) or forward(args, **options)
+        ),
+    )
+    _fused.attention.cache_clear()
+    yield calls
+    _fused.attention.cache_clear()
+
+
 @pytest.mark.parametrize(("scale", "factor"), [(1.0, 1.0), (50.0, 0.7)])
-def test_half_precision(scale, factor, monkeypatch):
+def test_half_precision(scale, factor, forward_calls):
     rng = np.random.default_rng(9)
     shapes = (20, scale), (45, scale), (45, 1), (20, 1)
     arrays = [normal(rng, n, s).astype(jax.numpy.bfloat16) for n, s in shapes]
     wide = [np.asarray(x, "float32") for x in arrays]
     expected = reference(np.float32(factor) * wide[0], *wide[1:])
     expected[1] *= factor
-    seen, forward = [], _fused._forward
-    monkeypatch.setattr(
-        _fused,
-        "_forward",
-        lambda args, **options: (
-            seen.append([str(y.dtype) for y in args[:3]]) or forward(args, **options)
-        ),
-    )
-    _fused.attention.cache_clear()
     results = value_and_gradients(*arrays, scale=factor)
-    _fused.attention.cache_clear()
+    seen = [[str(y.dtype) for y in args[:3]] for args, _ in forward_calls]
     # Rounded once, at the end: float32 inside.
     assert max(relative_errors(results, expected)) < 2.5e-3
     # Only a query that was scaled is converted before.
@@ -96,24 +103,15 @@ def test_half_precision(scale, factor, monkeypatch):
 
 
 @pytest.mark.parametrize("terms", [30, 40])
-def test_which_series(terms, monkeypatch):
+def test_which_series(terms, forward_calls):
     """The short one for bfloat16 alone, and within the rounding of its results."""
     rng = np.random.default_rng(11)
     arrays = [normal(rng, 70, s, 16).astype(jax.numpy.bfloat16) for s in (2, 2, 1, 1)]
     expected = reference(*(np.asarray(x, "float32") for x in arrays))
     if terms == 40:
         arrays[0] = arrays[0].astype("float32")
-    seen, forward = [], _fused._forward
-    monkeypatch.setattr(
-        _fused,
-        "_forward",
-        lambda args, **options: (
-            seen.append(options["size"]) or forward(args, **options)
-        ),
-    )
-    _fused.attention.cache_clear()
     results = value_and_gradients(*arrays)
-    _fused.attention.cache_clear()
+    seen = [options["size"] for _, options in forward_calls]
     assert [size[0] for size in seen] == [terms]
     assert max(relative_errors(results, expected)) < 2.5e-3
     # Most of it by the series.
@@ -280,31 +278,20 @@ def outputs_and_gradients(layer, x, upstream, second=False):
     return [np.asarray(y, "float32") for y in leaves]
 
 
-@pytest.fixture
-def packed_calls(monkeypatch):
+def packed_shapes(calls):
     """The shapes of what the kernel was given in one tensor."""
-    calls, forward = [], _fused._forward
-
-    def spy(args, **options):
-        if len(args) == 2:
-            calls.append(args[0].shape)
-        return forward(args, **options)
-
-    monkeypatch.setattr(_fused, "_forward", spy)
-    _fused.attention.cache_clear()
-    yield calls
-    _fused.attention.cache_clear()
+    return {args[0].shape for args, _ in calls if len(args) == 2}
 
 
 @pytest.mark.parametrize(
     "arguments", [{}, {"use_bias": True, "method": "interpolated"}]
 )
-def test_layer_projects_all_three_at_once(arguments, packed_calls):
+def test_layer_projects_all_three_at_once(arguments, forward_calls):
     layer = packed_layer(output_projection=True, **arguments)
     rng = np.random.default_rng(4)
     x, upstream = (normal(rng, 45, 1, 6) for _ in range(2))
     actual = outputs_and_gradients(layer, x, upstream, second=True)
-    assert set(packed_calls) == {(1, 45, 18)}
+    assert packed_shapes(forward_calls) == {(1, 45, 18)}
     assert len(actual) == len(layer.trainable_variables) + 3
     with _fused.force("off"):
         expected = outputs_and_gradients(layer, x, upstream, second=True)
@@ -313,24 +300,24 @@ def test_layer_projects_all_three_at_once(arguments, packed_calls):
         np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4 * np.abs(e).max() + 2e-5)
 
 
-def test_difficult_channels_of_one_tensor(packed_calls):
+def test_difficult_channels_of_one_tensor(forward_calls):
     layer = packed_layer()
     layer.query_dense.kernel.assign(30 * layer.query_dense.kernel)
     rng = np.random.default_rng(5)
     x, upstream = (normal(rng, 45, 3, 6) for _ in range(2))
     actual = outputs_and_gradients(layer, x, upstream)
-    assert packed_calls
+    assert packed_shapes(forward_calls)
     with _fused.force("off"):
         expected = outputs_and_gradients(layer, x, upstream)
     assert max(relative_errors(actual, expected)) < 1e-5
 
 
-def test_half_precision_in_one_tensor(packed_calls):
+def test_half_precision_in_one_tensor(forward_calls):
     rng = np.random.default_rng(6)
     x, upstream = (normal(rng, 45, 1, 6).astype(jax.numpy.bfloat16) for _ in range(2))
     layer = packed_layer(dtype="mixed_bfloat16")
     actual = outputs_and_gradients(layer, x, upstream)
-    assert packed_calls
+    assert packed_shapes(forward_calls)
     wide = packed_layer()
     with _fused.force("off"):
         expected = outputs_and_gradients(
@@ -342,7 +329,7 @@ def test_half_precision_in_one_tensor(packed_calls):
 @pytest.mark.parametrize(
     "case", ["cross", "mask", "scale", "dropout", "gamma", "lora", "int8", "literal"]
 )
-def test_layers_that_cannot_project_at_once(case, packed_calls):
+def test_layers_that_cannot_project_at_once(case, forward_calls):
     arguments = {
         "scale": {"scale": 0.5},
         "dropout": {"dropout": 0.1},
@@ -362,5 +349,5 @@ def test_layers_that_cannot_project_at_once(case, packed_calls):
         layer.value_dense.quantize("int8")
     with literal_definitions() if case == "literal" else contextlib.nullcontext():
         y = np.asarray(jax.jit(lambda x: layer(x, **call))(x))
-    assert not packed_calls
+    assert not packed_shapes(forward_calls)
     assert np.isfinite(y).all()

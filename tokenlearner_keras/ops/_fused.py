@@ -36,8 +36,8 @@ class Tiles:
     `group`.
     """
 
-    columns: int = 8
-    warps: int = 4
+    columns: int
+    warps: int
     together: int = 2
     group: int = 4
 

@@ -298,13 +298,12 @@ def _fused_function(method, num_terms, dtype, plain, packed=False):
 
     # Not the shortest series: a channel that it does not reach costs its neighbours
     # quadratic time.
-    if method == "auto" and dtype == "bfloat16":
-        size = _series.size(BFLOAT16_TERMS, dtype)
-    else:
-        size = _series.size(num_terms or INTERPOLATED_TERMS)
+    is_short = method == "auto" and dtype == "bfloat16"
+    count = BFLOAT16_TERMS if is_short else num_terms or INTERPOLATED_TERMS
     mode = _fused.mode(dtype)
-    if mode is None or not 2 <= size[0] <= INTERPOLATED_TERMS:
+    if mode is None or not 2 <= count <= INTERPOLATED_TERMS:
         return None
+    size = _series.size(count, dtype if is_short else "float32")
     return _fused.attention(plain, size, method == "auto", mode == "interpret", packed)
 
 

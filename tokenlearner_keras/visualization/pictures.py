@@ -145,16 +145,16 @@ def attention_figure(
             that the clips do not have.
     """
     matplotlib = _import_matplotlib()
-    images, maps = np.asarray(images), np.asarray(maps)
     if frames is not None:
+        images, maps = (ops.convert_to_numpy(x) for x in (images, maps))
         length = images.shape[1] if images.ndim == 5 else 0
-        if not all(0 <= frame < length for frame in frames):
+        frames = list(frames)
+        if not _are_indices(frames, length):
             raise ValueError(
                 f"Argument `frames` must have indices of the {length} frames of the "
-                f"clips. Received: frames={list(frames)} for images of shape "
-                f"{images.shape}"
+                f"clips. Received: frames={frames} for images of shape {images.shape}"
             )
-        images, maps = images[:, list(frames)], maps[:, list(frames)]
+        images, maps = images[:, frames], maps[:, frames]
     tiles = attention_tiles(images, maps, tokens, value_range, **kwargs)
     shown = _token_indices(tokens, np.shape(maps)[-3])
     labels = ["input", *(f"token {token}" for token in shown)]
@@ -283,15 +283,18 @@ def _token_indices(tokens, num_tokens):
     if tokens is None:
         return list(range(num_tokens))
     tokens = list(tokens)
-    if not tokens or not all(
-        isinstance(token, (int, np.integer)) and 0 <= token < num_tokens
-        for token in tokens
-    ):
+    if not _are_indices(tokens, num_tokens):
         raise ValueError(
             f"Argument `tokens` must list indices from 0 to {num_tokens - 1}. "
             f"Received: tokens={tokens}"
         )
     return tokens
+
+
+def _are_indices(values, length):
+    return bool(values) and all(
+        isinstance(value, (int, np.integer)) and 0 <= value < length for value in values
+    )
 
 
 def _enlarge(maps, size, interpolation):
