@@ -1,6 +1,7 @@
-"""The fused GPU kernel, on a CPU in Pallas's interpreter, against float64."""
+"""The fused GPU kernel against float64, without a GPU in Pallas's interpreter."""
 
 import contextlib
+import re
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from tokenlearner_keras import layers
 from tokenlearner_keras.layers._forms import literal_definitions
 from tokenlearner_keras.ops import _fused
 
+INTERPRET = jax.default_backend() != "gpu"
+
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with _fused.force("interpret"):
+def kernel():
+    with _fused.force("interpret" if INTERPRET else "kernel"):
         yield
 
 
@@ -43,7 +46,7 @@ def programs(query, key, value, mask=None):
         size=size,
         exact=True,
         save=True,
-        interpret=True,
+        interpret=INTERPRET,
     )[1]
     bad = np.asarray(stats[:, 3]) > 0
     columns = _fused.tiles(*bad.shape, [query.dtype]).columns
@@ -120,7 +123,7 @@ def test_which_series(terms, forward_calls):
         size=seen[0],
         exact=True,
         save=True,
-        interpret=True,
+        interpret=INTERPRET,
     )[1]
     assert np.mean(np.asarray(stats[:, 3]) == 0) > 0.5
 
@@ -244,7 +247,8 @@ def test_lowers_for_a_gpu(method, masked, tokens, channels):
     with _fused.force("kernel"):
         traced = jax.jit(run).trace(x, x, x, x, mask)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == 2
+    # XLA compiles the kernels, or JAX does (after 0.10.2).
+    assert len(re.findall(r"xla\.gpu\.triton|@triton_kernel_call", text)) == 2
 
 
 def packed_layer(**arguments):

@@ -1,4 +1,4 @@
-"""The GPU kernels of TokenLearner and TokenFuser, on a CPU in Pallas's interpreter."""
+"""The GPU kernels of TokenLearner and TokenFuser, without a GPU in an interpreter."""
 
 import keras
 import numpy as np
@@ -16,11 +16,12 @@ from tokenlearner_keras.layers._forms import literal_definitions
 from tokenlearner_keras.ops import _fused, _fused_tokens
 
 pytestmark = pytest.mark.backends
+INTERPRET = jax.default_backend() != "gpu"
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with _fused.force("interpret"):
+def kernel():
+    with _fused.force("interpret" if INTERPRET else "kernel"):
         yield
 
 
@@ -123,7 +124,7 @@ def test_second_derivatives():
 
         return wide(jax.jit(jax.grad(total, (0, 1)))(x, kernel))
 
-    actual = product(_fused_tokens._function(shape, True))
+    actual = product(_fused_tokens._function(shape, INTERPRET))
     expected = product(lambda *args: _fused_tokens._plain(*args, shape))
     assert max(relative_errors(actual, expected)) < 2e-2
 
@@ -209,12 +210,12 @@ def test_token_fuser(shape, monkeypatch):
 def test_sums_of_positions():
     x = normal(3, 49, 70)
     expected = wide(x).sum(1)
-    actual = wide(_fused_tokens._sums(x, True))
+    actual = wide(_fused_tokens._sums(x, INTERPRET))
     np.testing.assert_allclose(actual, expected, rtol=4e-3, atol=1e-6)
     # The sum is in float32: exact for whole numbers, then rounded once.
     ones = jnp.ones((1, 63, 16), "bfloat16")
-    np.testing.assert_array_equal(wide(_fused_tokens._sums(ones, True)), 63)
-    add = _fused_tokens._add(49, True)
+    np.testing.assert_array_equal(wide(_fused_tokens._sums(ones, INTERPRET)), 63)
+    add = _fused_tokens._add(49, INTERPRET)
     second = jax.grad(
         lambda v: jnp.sum(
             jax.grad(lambda u: jnp.sum(jnp.sin(add(x, u).astype("float32"))))(v) ** 2
