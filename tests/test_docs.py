@@ -2,9 +2,11 @@
 
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 import tokenlearner_keras as tlk
@@ -48,6 +50,20 @@ def test_every_page_is_in_the_index():
     assert sorted(re.findall(r"^api/(\w+)$", reference, re.MULTILINE)) == sorted(
         p.stem for p in (DOCS / "api").glob("*.md")
     )
+
+
+def test_the_figure_of_the_error_is_of_this_series():
+    """The script that draws it uses functions that are not public."""
+    script = runpy.run_path(str(DOCS / "figures" / "vector_attention_error.py"))
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 60, 2)).astype("float32")
+    expected = script["definition"](*(x.astype("float64") for x in (q, k, v)))
+    errors = [
+        np.linalg.norm(script["series"](q, k, v, terms) - expected)
+        for terms in (5, 15, 40)
+    ]
+    assert errors[0] > 100 * errors[1] > 10000 * errors[2]
+    np.testing.assert_allclose(script["series"](q, k, v, 40), expected, atol=1e-5)
 
 
 @pytest.mark.tensorflow

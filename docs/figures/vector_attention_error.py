@@ -17,7 +17,7 @@ from keras import ops
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from tokenlearner_keras.ops import _series, vector_attention_error_bound
+from tokenlearner_keras.ops import _series, _tiles, vector_attention_error_bound
 
 TOKENS, CHANNELS = 512, 8
 
@@ -32,11 +32,10 @@ def definition(q, k, v):
 def series(q, k, v, num_terms):
     """The forward pass of the package, without its checks."""
     q, k, v = (ops.convert_to_tensor(x[None].astype("float32")) for x in (q, k, v))
-    mask = ops.ones_like(k[:, :, :1])
-    _, half, shifted = _series.geometry(q, k, mask)
-    size = _series.size(num_terms)
-    m0, m1 = _series.moments(shifted, v, mask, size)
-    return ops.convert_to_numpy(_series.forward(q, m0, m1, half, size)[0])[0]
+    frame, size = _series.frame(k, v, None), _series.size(num_terms)
+    sums = _series.key_sums(_tiles.weighted_moments, k, v, None, frame, size)
+    output = _series.outputs(q, sums, frame, size) + frame.mean
+    return ops.convert_to_numpy(output)[0]
 
 
 def main():

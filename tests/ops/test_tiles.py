@@ -1,4 +1,4 @@
-"""Moments and series by tiles of tokens, against NumPy, and lengths not known before."""
+"""Moments by tiles of tokens, against NumPy, and lengths not known before."""
 
 import numpy as np
 import pytest
@@ -30,16 +30,6 @@ def test_moments(channels, length, batch):
         np.testing.assert_allclose(
             ops.convert_to_numpy(result), expected, rtol=1e-5, atol=1e-4
         )
-
-
-def test_evaluate_is_a_polynomial():
-    rng = np.random.default_rng(0)
-    coefficients = rng.standard_normal((9, 2, 1, 3)).astype("float32")
-    x = rng.uniform(-1, 1, (2, 5, 3)).astype("float32")
-    result = _tiles.evaluate(*map(ops.convert_to_tensor, (coefficients, x)))
-    powers = x ** np.arange(9)[:, None, None, None]
-    expected = (coefficients * powers).sum(0)
-    np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

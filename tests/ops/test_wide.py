@@ -11,12 +11,12 @@ from tokenlearner_keras.ops import _wide, vector_attention
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    """Makes every trace take this form; lists the calls of `key_sums`."""
+    """Makes every trace take this form; lists the calls of `weighted_moments`."""
     calls = []
-    key_sums = _wide.key_sums
+    moments = _wide.weighted_moments
     monkeypatch.setattr(_wide, "is_best", lambda: True)
     monkeypatch.setattr(
-        _wide, "key_sums", lambda *args: calls.append(args) or key_sums(*args)
+        _wide, "weighted_moments", lambda *args: calls.append(args) or moments(*args)
     )
     return calls
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from tokenlearner_keras.ops import _series
 from tokenlearner_keras.ops._batch_parallel import batch_parallel
+from tokenlearner_keras.ops._kernels import with_kernels
 
 # Sums of this many rows between two of Kahan's corrections, as in `_streaming`.
 BLOCK = 4
@@ -103,72 +104,25 @@ def attention(plain, size, exact, interpret=False, packed=False):
         float32 mask `(batch, keys, 1)` of ones and zeros, or `None`. Keys and values
         must be zero where masked. The output has the dtype of the values.
     """
-    run = functools.partial(_forward, size=size, exact=exact, interpret=interpret)
+    options = {"size": size, "exact": exact, "interpret": interpret}
 
-    def plain_gradients(tensors, key_mask, upstream):
-        def outputs(*tensors):
-            query, key, value = jnp.split(*tensors, 3, axis=2) if packed else tensors
-            mask = key_mask
-            if mask is None:
-                mask = jnp.ones_like(key[:, :, :1], "float32")
-            result = plain(*(x.astype(jnp.float32) for x in (query, key, value)), mask)
-            return result.astype(value.dtype)
+    def array_operations(tensors, key_mask):
+        query, key, value = jnp.split(*tensors, 3, axis=2) if packed else tensors
+        mask = key_mask
+        if mask is None:
+            mask = jnp.ones_like(key[:, :, :1], "float32")
+        result = plain(*(x.astype(jnp.float32) for x in (query, key, value)), mask)
+        return result.astype(value.dtype)
 
-        _, pullback = jax.vjp(outputs, *tensors)
-        return pullback(upstream)
-
-    # What the forward kernel leaves behind depends on the arguments alone, so that the
-    # derivative of the gradients by the arguments is all there is.
-    @jax.custom_vjp
-    def gradients(args, saved, upstream):
-        return _backward(
-            args, *saved, upstream, size=size, exact=exact, interpret=interpret
-        )
-
-    def gradients_rule(args, saved, upstream):
-        return gradients(args, saved, upstream), (args, saved, upstream)
-
-    def second_rule(residuals, upstreams):
-        (*tensors, key_mask), saved, upstream = residuals
-        _, pullback = jax.vjp(
-            lambda g, *tensors: plain_gradients(tensors, key_mask, g),
-            upstream,
-            *tensors,
-        )
-        to_upstream, *to_tensors = pullback(upstreams)
-        return (*to_tensors, _zeros(key_mask)), _zeros(saved), to_upstream
-
-    gradients.defvjp(gradients_rule, second_rule)
-
-    # A function of its own, so that the kernel itself is never differentiated.
-    @jax.custom_vjp
-    def outputs(*args):
-        return run(args, save=True)
-
-    def outputs_rule(*args):
-        results = outputs(*args)
-        return results, (args, results[1:])
-
-    def backward_rule(residuals, upstreams):
-        args, saved = residuals
-        return *gradients(args, saved, upstreams[0]), _zeros(args[-1])
-
-    outputs.defvjp(outputs_rule, backward_rule)
-
-    @jax.custom_vjp
-    def function(*args):
-        return run(args, save=False)[0]
-
-    function.defvjp(
-        lambda *args: ((results := outputs(*args))[0], (args, results[1:])),
-        lambda residuals, upstream: backward_rule(residuals, (upstream,)),
+    function = with_kernels(
+        lambda tensors, mask, save: _forward((*tensors, mask), save=save, **options),
+        lambda tensors, mask, saved, upstream: tuple(
+            _backward((*tensors, mask), *saved, upstream, **options)
+        ),
+        array_operations,
     )
     number = 1 if packed else 3
-    return lambda *args: function(*args, *[None] * (number + 1 - len(args)))
-
-
-def _zeros(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
+    return lambda *args: function(args[:number], *(args[number:] or [None]))
 
 
 def _operands(args):

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 
 from tokenlearner_keras.ops import _fused
 from tokenlearner_keras.ops._batch_parallel import batch_parallel
+from tokenlearner_keras.ops._kernels import with_kernels
 from tokenlearner_keras.ops._taps import sum_taps
 
 
@@ -152,56 +153,21 @@ def _sums(x, interpret):
 def _function(shape, interpret):
     """Returns the function of `x` and the kernel, `(channels, taps)`."""
 
-    def plain_gradients(x, kernel, upstream):
-        return jax.vjp(functools.partial(_plain, shape=shape), x, kernel)[1](upstream)
+    def forward(args, _, save):
+        return _run("forward", shape, interpret, *args)[:2]
 
-    @jax.custom_vjp
-    def gradients(x, kernel, maps, upstream):
-        to_x, to_taps, _ = _run("backward", shape, interpret, x, kernel, maps, upstream)
+    def backward(args, _, maps, upstream):
+        x, kernel = args
+        to_x, to_taps, _ = _run("backward", shape, interpret, *args, *maps, upstream)
         to_kernel = jnp.einsum(
             "npc,npt->ct", x, to_taps, preferred_element_type=jnp.float32
         )
         return to_x, to_kernel.astype(kernel.dtype)
 
-    def gradients_rule(*args):
-        return gradients(*args), args
-
-    def second_rule(args, upstreams):
-        x, kernel, maps, upstream = args
-        to_x, to_kernel, to_upstream = jax.vjp(plain_gradients, x, kernel, upstream)[1](
-            upstreams
-        )
-        return to_x, to_kernel, jnp.zeros_like(maps), to_upstream
-
-    gradients.defvjp(gradients_rule, second_rule)
-
-    # A function of its own, so that the kernel itself is never differentiated.
-    @jax.custom_vjp
-    def outputs(x, kernel):
-        return _run("forward", shape, interpret, x, kernel)[:2]
-
-    def outputs_rule(x, kernel):
-        y, maps = outputs(x, kernel)
-        return (y, maps), (x, kernel, maps)
-
-    outputs.defvjp(
-        outputs_rule,
-        # The maps are for `gradients`, whose derivative starts from `x` once more.
-        lambda residuals, upstreams: gradients(*residuals, upstreams[0]),
+    function = with_kernels(
+        forward, backward, lambda args, _: _plain(*args, shape=shape)
     )
-
-    @jax.custom_vjp
-    def function(x, kernel):
-        return outputs(x, kernel)[0]
-
-    def forward_rule(x, kernel):
-        (y, _), residuals = outputs_rule(x, kernel)
-        return y, residuals
-
-    function.defvjp(
-        forward_rule, lambda residuals, upstream: gradients(*residuals, upstream)
-    )
-    return function
+    return lambda *args: function(args, None)
 
 
 def _plain(x, kernel, shape):

@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from tokenlearner_keras.ops._coefficients import BFLOAT16_COEFFICIENTS, COEFFICIENTS
+from tokenlearner_keras.ops._streaming import key_limits
 
 # Where alternating terms cancel by more than this (root mean square over the queries
 # of one channel), float32 would lose more than a relative 1e-5.
@@ -83,10 +84,30 @@ def size(num_terms, dtype="float32"):
     return num_terms, reach, _scaled((1.0,) * num_terms, reach)
 
 
-def half_range(low, high):
-    """Returns half the range of the keys."""
-    # Constant keys: any range will do, and a small one needs few terms.
-    return ops.maximum(high / 2 - low / 2, 1e-20)
+def remainder(num_terms, z, dtype="float32"):
+    """Returns a bound on |polynomial(w) - e^w| e^-|w| for every |w| <= z."""
+    table = {n: (reach, c) for n, reach, c in _table(dtype)}
+    if num_terms not in table:
+        return taylor_remainder(num_terms, z)
+    reach, coefficients = table[num_terms]
+    if z <= reach:
+        return _fitted_error(reach, coefficients)
+    p = np.arange(num_terms)
+    logs = p * np.log(z) - np.array([math.lgamma(n + 1) for n in p]) - z
+    change = np.abs(np.array(coefficients) - 1)
+    return float(np.sum(change * np.exp(logs)) + taylor_remainder(num_terms, z))
+
+
+@functools.cache
+def _fitted_error(reach, coefficients):
+    """Largest weighted error of a fitted polynomial over its reach."""
+    w = np.linspace(-reach, reach, 20001)
+    total = np.zeros_like(w)
+    for p, c in enumerate(coefficients):
+        with np.errstate(divide="ignore"):
+            log = p * np.log(np.abs(w)) if p else np.zeros_like(w)
+        total += c * np.sign(w) ** p * np.exp(log - math.lgamma(p + 1) - np.abs(w))
+    return float(np.max(np.abs(total - np.exp(w - np.abs(w)))))
 
 
 class Frame(NamedTuple):
@@ -97,10 +118,100 @@ class Frame(NamedTuple):
     mean: Any  # of the values
 
 
+def half_range(low, high):
+    """Returns half the range of the keys."""
+    # Constant keys: any range will do, and a small one needs few terms.
+    return ops.maximum(high / 2 - low / 2, 1e-20)
+
+
 def finite_mean(total, count):
     """Returns the mean, zero where it is not finite: infinities stay as they are."""
     mean = total / count
     return ops.where(ops.isfinite(mean), mean, ops.zeros_like(mean))
+
+
+def frame(key, value, key_mask):
+    """Returns the `Frame` of keys and values; `key_mask` may be `None`."""
+    if key_mask is None:
+        low, high = (f(key, axis=1, keepdims=True) for f in (ops.min, ops.max))
+        count = ops.shape(value)[1]
+    else:
+        low, high = key_limits(key, key_mask)
+        count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
+    total = ops.sum(value, axis=1, keepdims=True)
+    mean = finite_mean(total, ops.cast(count, value.dtype))
+    return Frame(low / 2 + high / 2, half_range(low, high), mean)
+
+
+def key_sums(moments, key, value, key_mask, frame, size):
+    """Returns the coefficients of both series, and of their derivatives.
+
+    Args:
+        moments: `weighted_moments` of `_tiles` or `_wide`.
+        key: float tensor of shape `(batch, keys, d)`, zero where masked.
+        value: float tensor of the same shape, zero where masked.
+        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros, or `None`.
+        frame: A `Frame`.
+        size: One of `sizes()`.
+    """
+    x, y, ones = (key - frame.middle) / frame.half, value - frame.mean, None
+    if key_mask is not None:
+        x, y, ones = x * key_mask, y * key_mask, ops.ones_like(y) * key_mask
+    # One more than the series has terms: the derivative starts at the second.
+    lower, *others = moments(x, (ones, y), size[2])
+    return never_zero(lower), *others
+
+
+def never_zero(lower):
+    """Returns the denominator's coefficients, the first one where all are zero.
+
+    That is, without any valid key; the output is zero then.
+    """
+    first = ops.reshape(
+        ops.arange(lower.shape[0]) == 0, (-1, *[1] * (len(lower.shape) - 1))
+    )
+    empty = ops.logical_and(first, lower == 0)
+    return ops.where(empty, ops.ones_like(lower), lower)
+
+
+def halves(coefficients, x):
+    """Returns the even and the odd part of `sum_p coefficients[p] x^p`."""
+    square, coefficients = x * x, ops.unstack(coefficients)
+    even = _horner(coefficients[0::2], square)
+    if len(coefficients) == 1:
+        return even, ops.zeros_like(x)
+    return even, x * _horner(coefficients[1::2], square)
+
+
+def _horner(coefficients, x):
+    result = coefficients[-1] + ops.zeros_like(x)
+    for coefficient in coefficients[-2::-1]:
+        result = result * x + coefficient
+    return result
+
+
+def evaluate(coefficients, x):
+    """Returns the series `sum_p coefficients[p] x^p`."""
+    return ops.add(*halves(coefficients, x))
+
+
+def denominators(query, sums, frame, size):
+    """Returns the denominator at each scaled query, and at its negative."""
+    s = query * (frame.half / size[1])
+    even, odd = halves(sums[0], s)
+    return even + odd, even - odd, s
+
+
+def outputs(query, sums, frame, size):
+    """Returns the outputs for centred values."""
+    denominator, _, s = denominators(query, sums, frame, size)
+    return evaluate(sums[1], s) / denominator
+
+
+def fits(query, sums, frame, size):
+    """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
+    denominator, opposite, s = denominators(query, sums, frame, size)
+    return check_fit(opposite / denominator, s, sums[1][0])
 
 
 def check_fit(ratio, s, total):
@@ -129,27 +240,19 @@ def check_fit(ratio, s, total):
     return ops.logical_and(cancellation <= limit, ops.isfinite(total))
 
 
-def remainder(num_terms, z, dtype="float32"):
-    """Returns a bound on |polynomial(w) - e^w| e^-|w| for every |w| <= z."""
-    table = {n: (reach, c) for n, reach, c in _table(dtype)}
-    if num_terms not in table:
-        return taylor_remainder(num_terms, z)
-    reach, coefficients = table[num_terms]
-    if z <= reach:
-        return _fitted_error(reach, coefficients)
-    p = np.arange(num_terms)
-    logs = p * np.log(z) - np.array([math.lgamma(n + 1) for n in p]) - z
-    change = np.abs(np.array(coefficients) - 1)
-    return float(np.sum(change * np.exp(logs)) + taylor_remainder(num_terms, z))
-
-
-@functools.cache
-def _fitted_error(reach, coefficients):
-    """Largest weighted error of a fitted polynomial over its reach."""
-    w = np.linspace(-reach, reach, 20001)
-    total = np.zeros_like(w)
-    for p, c in enumerate(coefficients):
-        with np.errstate(divide="ignore"):
-            log = p * np.log(np.abs(w)) if p else np.zeros_like(w)
-        total += c * np.sign(w) ** p * np.exp(log - math.lgamma(p + 1) - np.abs(w))
-    return float(np.max(np.abs(total - np.exp(w - np.abs(w)))))
+def gradients(
+    moments, query, key, value, key_mask, sums, frame, output, upstream, size
+):
+    """Returns the gradients of query, key and value; masked ones are not zeroed."""
+    _, reach, scales = size
+    half = frame.half
+    shifted, value = (key - frame.middle) / half, value - frame.mean
+    if key_mask is not None:
+        shifted = shifted * key_mask
+    denominator, _, s = denominators(query, sums, frame, size)
+    factor = upstream / denominator
+    slope = evaluate(sums[3], s) - output * evaluate(sums[2], s)
+    h, _, *slopes = moments(s, (factor, factor * output), scales)
+    slopes, y_slopes = (evaluate(x, shifted) for x in slopes)
+    to_key = (value * slopes - y_slopes) * (reach / half)
+    return factor * half * slope, to_key, evaluate(h, shifted)

@@ -10,8 +10,6 @@ that what the kernel reads again and again stays in registers.
 from keras import ops
 
 from tokenlearner_keras.ops._backend import loop
-from tokenlearner_keras.ops._series import Frame, check_fit, finite_mean, half_range
-from tokenlearner_keras.ops._streaming import key_limits
 
 # Rows of a tile; with larger batches fewer.
 ROWS = 64
@@ -155,113 +153,26 @@ def moments(x, factors, count):
     return loop(tiles.count, body, (zeros, zeros))
 
 
-def halves(coefficients, x):
-    """Returns the even and the odd part of `sum_p coefficients[p] x^p`."""
-    square, coefficients = x * x, ops.unstack(coefficients)
-    even = _horner(coefficients[0::2], square)
-    if len(coefficients) == 1:
-        return even, ops.zeros_like(x)
-    return even, x * _horner(coefficients[1::2], square)
-
-
-def _horner(coefficients, x):
-    result = coefficients[-1] + ops.zeros_like(x)
-    for coefficient in coefficients[-2::-1]:
-        result = result * x + coefficient
-    return result
-
-
-def evaluate(coefficients, x):
-    """Returns the series `sum_p coefficients[p] x^p`."""
-    return ops.add(*halves(coefficients, x))
-
-
 def enter(x, channels):
-    """Returns a tensor `(batch, tokens, d)` in the form of the functions below."""
+    """Returns a tensor `(batch, tokens, d)`, as `weighted_moments` takes it."""
     return x
 
 
 leave = enter
 
 
-def frame(key, value, key_mask):
-    """Returns the `Frame` of keys and values; `key_mask` may be `None`."""
-    if key_mask is None:
-        low, high = (f(key, axis=1, keepdims=True) for f in (ops.min, ops.max))
-        count = ops.shape(value)[1]
-    else:
-        low, high = key_limits(key, key_mask)
-        count = ops.maximum(ops.sum(key_mask, axis=1, keepdims=True), 1.0)
-    total = ops.sum(value, axis=1, keepdims=True)
-    mean = finite_mean(total, ops.cast(count, value.dtype))
-    return Frame(low / 2 + high / 2, half_range(low, high), mean)
-
-
-def key_sums(key, value, key_mask, frame, size):
-    """Returns the coefficients of both series, and of their derivatives.
+def weighted_moments(x, factors, weights):
+    """Returns the weighted sums of `x^p y` for both `y`, and those of `x^(p + 1) y`.
 
     Args:
-        key: float tensor of shape `(batch, keys, d)`, zero where masked.
-        value: float tensor of the same shape, zero where masked.
-        key_mask: float tensor of shape `(batch, keys, 1)`, ones and zeros, or `None`.
-        frame: A `Frame`.
-        size: One of `_series.sizes()`.
+        x: Tensor of shape `(batch, tokens, d)`.
+        factors: Both `y`, of the same shape; `None` is one.
+        weights: Numbers, one for each p.
+
+    Returns:
+        Four tensors `(weights, batch, 1, d)`.
     """
-    count, _, scales = size
-    x, y = (key - frame.middle) / frame.half, value - frame.mean
-    ones = ops.ones_like(y)
-    if key_mask is not None:
-        x, y, ones = x * key_mask, y * key_mask, ones * key_mask
-    # One more than the series has terms: the derivative starts at the second.
-    sums = moments(x, (ones, y), count + 1)
-    lower, upper, *slopes = finish_moments(sums, scales, [0.0, *scales])
-    return never_zero(lower), upper, *(x[1:] for x in slopes)
-
-
-def never_zero(lower):
-    """Returns the denominator's coefficients, the first one where all are zero.
-
-    That is, without any valid key; the output is zero then.
-    """
-    first = ops.reshape(
-        ops.arange(lower.shape[0]) == 0, (-1, *[1] * (len(lower.shape) - 1))
-    )
-    empty = ops.logical_and(first, lower == 0)
-    return ops.where(empty, ops.ones_like(lower), lower)
-
-
-def denominators(query, sums, frame, size):
-    """Returns the denominator at each scaled query, and at its negative."""
-    s = query * (frame[1] / size[1])
-    even, odd = halves(sums[0], s)
-    return even + odd, even - odd, s
-
-
-def outputs(query, sums, frame, size):
-    """Returns the outputs for centred values."""
-    denominator, _, s = denominators(query, sums, frame, size)
-    return evaluate(sums[1], s) / denominator
-
-
-def fits(query, sums, frame, size):
-    """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
-    denominator, opposite, s = denominators(query, sums, frame, size)
-    return check_fit(opposite / denominator, s, sums[1][0])
-
-
-def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
-    """Returns the gradients of query, key and value; masked ones are not zeroed."""
-    count, reach, scales = size
-    half = frame.half
-    shifted, value = (key - frame.middle) / half, value - frame.mean
-    if key_mask is not None:
-        shifted = shifted * key_mask
-    denominator, _, s = denominators(query, sums, frame, size)
-    factor = upstream / denominator
-    slope = evaluate(sums[3], s) - output * evaluate(sums[2], s)
-    h, _, slopes, y_slopes = finish_moments(
-        moments(s, (factor, factor * output), count + 1), scales, [0.0, *scales]
-    )
-    slopes, y_slopes = (evaluate(x[1:], shifted) for x in (slopes, y_slopes))
-    to_key = (value * slopes - y_slopes) * (reach / half)
-    return factor * half * slope, to_key, evaluate(h, shifted)
+    factors = [ops.ones_like(x) if y is None else y for y in factors]
+    sums = moments(x, factors, len(weights) + 1)
+    *results, first, second = finish_moments(sums, weights, [0.0, *weights])
+    return *results, first[1:], second[1:]

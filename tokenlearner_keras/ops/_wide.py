@@ -2,18 +2,12 @@
 
 One kernel computes the powers of all tokens and sums them; they are never stored. The
 tokens come last, so that the threads of a warp share the coefficients of a channel:
-what evaluates a series takes a fifth of the time then. The functions are those of
-`_tiles`, for tensors that have gone through `enter`.
+what evaluates a series takes a fifth of the time then. The functions of `_series` take
+tensors that have gone through `enter`.
 """
 
 import keras
 from keras import ops
-
-from tokenlearner_keras.ops import _tiles
-
-frame = _tiles.frame
-outputs = _tiles.outputs
-fits = _tiles.fits
 
 
 def is_best():
@@ -47,49 +41,22 @@ def leave(x, channels):
     return ops.transpose(x, (0, 2, 1))
 
 
-def key_sums(key, value, key_mask, frame, size):
-    count, _, scales = size
-    x, y = (key - frame.middle) / frame.half, value - frame.mean
-    if key_mask is not None:
-        x, y = x * key_mask, y * key_mask
-    m0, m1 = _moments(x, (key_mask, y), count + 1)
-    sums = (m0[:-1], m1[:-1], m0[1:], m1[1:])
-    lower, *rest = (_column(scales, x) * part for part in sums)
-    return _tiles.never_zero(lower), *rest
+def weighted_moments(x, factors, weights):
+    """As that of `_tiles`, for tensors `(batch * d, tokens)`.
 
-
-def gradients(query, key, value, key_mask, sums, frame, output, upstream, size):
-    count, reach, scales = size
-    shifted = (key - frame.middle) / frame.half
-    if key_mask is not None:
-        shifted = shifted * key_mask
-    denominator, _, s = _tiles.denominators(query, sums, frame, size)
-    factor = upstream / denominator
-    slope = _tiles.evaluate(sums[3], s) - output * _tiles.evaluate(sums[2], s)
-    h, hy = _moments(s, (factor, factor * output), count + 1)
-    column = _column(scales, s)
-    slopes, y_slopes = (_tiles.evaluate(column * x[1:], shifted) for x in (h, hy))
-    to_key = ((value - frame.mean) * slopes - y_slopes) * (reach / frame.half)
-    to_value = _tiles.evaluate(column * h[:-1], shifted)
-    return factor * frame.half * slope, to_key, to_value
-
-
-def _moments(x, factors, count):
-    """Returns the sums of `x^p y` for each `y`, tensors `(count, batch * d, 1)`.
-
-    A `y` of `None` is one. Powers by logarithms err by at most about half of float
-    rounding at one.
+    Powers by logarithms err by at most about half of float rounding at one.
     """
+    count = len(weights) + 1
     exponents = ops.reshape(ops.arange(count), (count, 1, 1))
     size = ops.log(ops.maximum(ops.abs(x), 1e-37))
     powers = ops.exp(ops.cast(exponents, x.dtype) * size)
     negative = ops.logical_and(ops.equal(exponents % 2, 1), x < 0)
     powers = ops.where(negative, -powers, powers)
-    return [
+    sums = [
         ops.sum(powers if y is None else powers * y, axis=2, keepdims=True)
         for y in factors
     ]
-
-
-def _column(numbers, like):
-    return ops.reshape(ops.convert_to_tensor(numbers, like.dtype), (-1, 1, 1))
+    weights = ops.reshape(ops.convert_to_tensor(weights, x.dtype), (-1, 1, 1))
+    return [
+        weights * part for part in (*(m[:-1] for m in sums), *(m[1:] for m in sums))
+    ]

@@ -345,43 +345,43 @@ def _streaming_pair(extras, center):
 
 
 def _form(query):
-    """Returns the module that computes the series on the device at hand.
+    """Returns what computes the moments on the device at hand.
 
-    And its functions that bring tensors into its form and back.
+    And the functions that bring tensors into its form and back.
     """
     form, channels = _wide if _wide.is_best() else _tiles, query.shape[-1]
     enter, leave = (
         functools.partial(function, channels=channels)
         for function in (form.enter, form.leave)
     )
-    return form, enter, leave
+    return form.weighted_moments, enter, leave
 
 
 def _interpolated_pair(size, has_mask):
     """Forward and backward function of `"interpolated"`."""
 
     def forward(*args):
-        form, enter, leave = _form(args[0])
+        moments, enter, leave = _form(args[0])
         query, key, value, mask = map(enter, args)
         mask = mask if has_mask else None
-        frame = form.frame(key, value, mask)
-        sums = form.key_sums(key, value, mask, frame, size)
-        output = form.outputs(query, sums, frame, size)
-        kept = form.fits(query, sums, frame, size)
+        frame = _series.frame(key, value, mask)
+        sums = _series.key_sums(moments, key, value, mask, frame, size)
+        output = _series.outputs(query, sums, frame, size)
+        kept = _series.fits(query, sums, frame, size)
         # Never silently wrong.
         poison = ops.where(kept, ops.zeros_like(frame.mean), float("nan"))
         result = leave(output + (frame.mean + poison))
         return result, (output, poison, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        form, enter, leave = _form(args[0])
+        moments, enter, leave = _form(args[0])
         query, key, value, key_mask = map(enter, args)
         output, poison, middle, half, mean, *sums = residuals
         frame = _series.Frame(middle, half, mean)
         mask = key_mask if has_mask else None
         upstream = enter(upstream) + poison
-        to_query, *rest = form.gradients(
-            query, key, value, mask, sums, frame, output, upstream, size
+        to_query, *rest = _series.gradients(
+            moments, query, key, value, mask, sums, frame, output, upstream, size
         )
         return (*map(leave, (to_query, *(x * key_mask for x in rest))), None)
 
@@ -393,26 +393,26 @@ def _auto_pair(sizes, has_mask):
     number = len(sizes)
 
     def forward(*args):
-        form, enter, leave = _form(args[0])
+        moments, enter, leave = _form(args[0])
         query, key, value, key_mask = map(enter, args)
         mask = key_mask if has_mask else None
-        frame = form.frame(key, value, mask)
-        sums = form.key_sums(key, value, mask, frame, sizes[0])
+        frame = _series.frame(key, value, mask)
+        sums = _series.key_sums(moments, key, value, mask, frame, sizes[0])
         like = args[0], query, ops.cast(0, "int32")
 
         def fits(sums, size):
-            return ops.all(form.fits(query, sums, frame, size))
+            return ops.all(_series.fits(query, sums, frame, size))
 
         def result(output, index):
             results = leave(output + frame.mean), output
             return *results, ops.cast(index, "int32")
 
         def shortest():
-            return result(form.outputs(query, sums, frame, sizes[0]), 0)
+            return result(_series.outputs(query, sums, frame, sizes[0]), 0)
 
         def longer(index):
-            more = form.key_sums(key, value, mask, frame, sizes[index])
-            output = form.outputs(query, more, frame, sizes[index])
+            more = _series.key_sums(moments, key, value, mask, frame, sizes[index])
+            output = _series.outputs(query, more, frame, sizes[index])
             return result(output, ops.where(fits(more, sizes[index]), index, number))
 
         def exact():
@@ -439,7 +439,7 @@ def _auto_pair(sizes, has_mask):
         return output, (centred, index, *frame, *sums)
 
     def backward(args, residuals, upstream):
-        form, enter, leave = _form(args[0])
+        moments, enter, leave = _form(args[0])
         output, index, middle, half, mean, *saved = residuals
         frame = _series.Frame(middle, half, mean)
 
@@ -449,8 +449,11 @@ def _auto_pair(sizes, has_mask):
                 mask = key_mask if has_mask else None
                 sums = saved
                 if index > 0:
-                    sums = form.key_sums(key, value, mask, frame, sizes[index])
-                to_query, *rest = form.gradients(
+                    sums = _series.key_sums(
+                        moments, key, value, mask, frame, sizes[index]
+                    )
+                to_query, *rest = _series.gradients(
+                    moments,
                     *(query, key, value, mask, sums, frame, output),
                     *(enter(upstream), sizes[index]),
                 )
