@@ -91,10 +91,10 @@ def build(backend, method, backward, rounds):
     on_gpu = bool(tf.config.list_physical_devices("GPU"))
 
     def wait(outputs):
-        first = tf.nest.flatten(outputs)[0]
-        # Of a GPU one number is enough: the program is one. On a CPU, where NumPy sees
-        # the tensor as it is, taking that number would take longer than starting it.
-        return (first[0, 0, 0] if on_gpu else first).numpy()
+        # One number is enough: the program is one. On a CPU a function returns when its
+        # work is done.
+        if on_gpu:
+            tf.nest.flatten(outputs)[0][0, 0, 0].numpy()
 
     return tf.function(run, jit_compile=True), wait
 
