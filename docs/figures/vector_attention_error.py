@@ -42,7 +42,8 @@ def main():
     """Draws the figure."""
     rng = np.random.default_rng(0)
     figure, axis = plt.subplots(figsize=(7.5, 4.8))
-    taylor, fitted = np.arange(5, 72, 2), np.array([35, 40, 64])
+    fitted = np.array([35, 40, 64])
+    taylor = np.setdiff1d(np.arange(5, 72, 2), fitted)
     for index, scale in enumerate((0.5, 1.0, 1.4)):
         q, k, v = rng.standard_normal((3, TOKENS, CHANNELS))
         q, k = (np.float32(scale) * x.astype("float32") for x in (q, k))
