@@ -1,4 +1,4 @@
-"""The series of `ops/_series.py`, tile by tile of tokens: what suits a CPU.
+"""The moments of `ops/_series.py`, tile by tile of tokens: what suits a CPU.
 
 XLA for CPUs makes one loop nest of each output, and no array larger than a cache should
 pass between two of them. So a loop goes over tiles of tokens, and its body has few

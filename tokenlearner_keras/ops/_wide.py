@@ -1,4 +1,4 @@
-"""The series of `ops/_series.py`, with all powers at once: what suits XLA on a GPU.
+"""The moments of `ops/_series.py`, with all powers at once: what suits XLA on a GPU.
 
 One kernel computes the powers of all tokens and sums them; they are never stored. The
 tokens come last, so that the threads of a warp share the coefficients of a channel:
