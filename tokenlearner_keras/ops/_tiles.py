@@ -73,11 +73,6 @@ class Tiles:
         shape = (*ops.shape(tiles)[1:-2], 1, GROUP * self.columns)
         return ops.reshape(tile, shape)
 
-    def split(self, table):
-        """Returns the rows of a table `(..., powers, GROUP * columns)`."""
-        shape = (*ops.shape(table)[:-1], GROUP, self.columns)
-        return ops.reshape(table, shape)
-
 
 def _powers(x, count):
     """Returns `x^0, x^1, ...` for `(..., 1, n)`: `(..., count, n)`."""
@@ -134,18 +129,17 @@ def moments(x, factors, count):
     cut = [tiles.cut(part) for part in (x, *factors)]
     blocks = -(-count // WIDTH)
 
-    def rows(table, *axes):
-        table = tiles.split(table)
-        for axis in axes:
-            table = ops.expand_dims(table, axis)
-        return ops.unstack(table, axis=-2)
+    def rows(table, *sizes):
+        """Returns the rows of a group; sizes are of factors, high and low powers."""
+        shape = (*ops.shape(table)[:3], *sizes, GROUP, tiles.columns)
+        return ops.unstack(ops.reshape(table, shape), axis=-2)
 
     def body(index, sums):
         x, *factors = (tiles.take(part, index) for part in cut)
         # One kernel for both: it costs a product a row, and saves a start.
-        factors = rows(ops.stack(factors, axis=3), -3)
-        high = rows(_powers(_power(x, WIDTH), blocks), -3, 3)
-        low = rows(_powers(x, WIDTH), -4, 3)
+        factors = rows(ops.stack(factors, axis=3), len(factors), 1, 1)
+        high = rows(_powers(_power(x, WIDTH), blocks), 1, blocks, 1)
+        low = rows(_powers(x, WIDTH), 1, 1, WIDTH)
         parts = [a * b * c for a, b, c in zip(factors, high, low)]
         # Two chains of multiply-adds: a tree would be a third more instructions.
         return (sums[0] + (sum(parts[0::2]) + sum(parts[1::2])),)
