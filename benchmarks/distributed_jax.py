@@ -30,10 +30,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 PRECISIONS = ("mixed_bfloat16", "float32")
 # Examples a device gets in a step that is timed, and in one that is checked.
 BATCHES = {
-    ("vit", "mixed_bfloat16"): (320, 8),
+    ("vit", "mixed_bfloat16"): (768, 8),
     ("vit", "float32"): (192, 8),
-    ("video", "mixed_bfloat16"): (16, 1),
-    ("video", "float32"): (8, 1),
+    ("video", "mixed_bfloat16"): (32, 1),
+    ("video", "float32"): (20, 1),
     ("toy_vit", "mixed_bfloat16"): (8, 4),
     ("toy_vit", "float32"): (8, 4),
     ("toy_video", "mixed_bfloat16"): (2, 1),
@@ -381,7 +381,7 @@ def parse(args=None):
     parser.add_argument("--steps", type=int, default=20, help="of a timed turn")
     parser.add_argument("--warmup", type=int, default=3, help="steps")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
-    parser.add_argument("--memory-limit", type=float, default=74, help="GiB a device")
+    parser.add_argument("--memory-limit", type=float, default=130, help="GiB a device")
     parser.add_argument("--virtual-cpus", type=int, default=0)
     parser.add_argument("--output", default="distributed_jax", help="name of the files")
     parser.add_argument("--folder", help="of the result files")
