@@ -7,14 +7,17 @@ from keras import ops
 from tokenlearner_keras.ops import _series, _tiles, _wide
 
 
-def test_evaluate_is_a_polynomial():
+@pytest.mark.parametrize("terms", [1, 2, 9, 48, 49, 64, 77])
+def test_evaluate_is_a_polynomial(terms):
     rng = np.random.default_rng(0)
-    coefficients = rng.standard_normal((9, 2, 1, 3)).astype("float32")
+    series = rng.standard_normal((2, terms, 2, 1, 3)).astype("float32")
     x = rng.uniform(-1, 1, (2, 5, 3)).astype("float32")
-    result = _series.evaluate(*map(ops.convert_to_tensor, (coefficients, x)))
-    powers = x ** np.arange(9)[:, None, None, None]
-    expected = (coefficients * powers).sum(0)
-    np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
+    tensors = [ops.convert_to_tensor(c) for c in series]
+    results = _series.evaluate(tensors, ops.convert_to_tensor(x))
+    powers = x ** np.arange(terms)[:, None, None, None]
+    for result, coefficients in zip(results, series, strict=True):
+        expected = (coefficients * powers).sum(0)
+        np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [_tiles, _wide])

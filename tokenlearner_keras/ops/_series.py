@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from tokenlearner_keras.ops._backend import loop
 from tokenlearner_keras.ops._coefficients import BFLOAT16_COEFFICIENTS, COEFFICIENTS
 from tokenlearner_keras.ops._streaming import key_limits
 
@@ -25,6 +26,11 @@ MAX_CANCELLATION = 16.0
 # Of the compiled series, those of `"auto"`. The shortest is enough for 4096 tokens of
 # unit scale in 432 channels.
 AUTO_TERMS = (35, 64)
+
+# Longer series are summed by a loop, several side by side and so many terms at a time:
+# tracing and compiling take long over long expressions.
+UNROLLED = 48
+STRIDE = 16  # even
 
 
 @functools.cache
@@ -167,51 +173,81 @@ def never_zero(lower):
 
     That is, without any valid key; the output is zero then.
     """
-    first = ops.reshape(
-        ops.arange(lower.shape[0]) == 0, (-1, *[1] * (len(lower.shape) - 1))
-    )
+    first = np.arange(lower.shape[0]) == 0
+    first = np.reshape(first, (-1, *[1] * (len(lower.shape) - 1)))
     empty = ops.logical_and(first, lower == 0)
     return ops.where(empty, ops.ones_like(lower), lower)
 
 
-def halves(coefficients, x):
-    """Returns the even and the odd part of `sum_p coefficients[p] x^p`."""
-    square, coefficients = x * x, ops.unstack(coefficients)
-    even = _horner(coefficients[0::2], square)
-    if len(coefficients) == 1:
-        return even, ops.zeros_like(x)
-    return even, x * _horner(coefficients[1::2], square)
+def halves(series, x):
+    """Returns the even and the odd part of each `sum_p coefficients[p] x^p`.
+
+    Args:
+        series: List of tensors of coefficients, all of the same shape.
+        x: Tensor whose shape that of a coefficient can be broadcast to.
+    """
+    square = x * x
+    if series[0].shape[0] > UNROLLED:
+        even, odd = _long_halves(ops.stack(series, axis=1), square)
+    else:
+        parts = [ops.unstack(coefficients) for coefficients in series]
+        even = [_horner(c[0::2], square) for c in parts]
+        odd = [_horner(c[1::2], square) for c in parts]
+    return [(a, x * b) for a, b in zip(even, odd)]
 
 
-def _horner(coefficients, x):
-    result = coefficients[-1] + ops.zeros_like(x)
-    for coefficient in coefficients[-2::-1]:
+def _long_halves(coefficients, square):
+    """Returns lists of the even and the odd parts, the latter without a factor `x`."""
+    count, number, *shape = ops.shape(coefficients)
+    zeros = ops.zeros((-count % STRIDE, number, *shape), coefficients.dtype)
+    coefficients = ops.concatenate([coefficients, zeros])
+    steps = -(-count // STRIDE)
+    coefficients = ops.reshape(coefficients, (steps, STRIDE // 2, 2, number, *shape))
+
+    def body(index, sums):
+        start = steps - 1 - index, *[0] * (3 + len(shape))
+        taken = ops.slice(coefficients, start, (1, STRIDE // 2, 2, number, *shape))
+        return (_horner(ops.unstack(taken[0]), square, sums[0]),)
+
+    zeros = ops.zeros((2, number, *ops.shape(square)), square.dtype)
+    (result,) = loop(steps, body, (zeros,))
+    return [ops.unstack(half, number) for half in ops.unstack(result, 2)]
+
+
+def _horner(coefficients, x, result=None):
+    """Returns the polynomial, with `result` instead of zero after its last term."""
+    if result is None:
+        *coefficients, last = coefficients or [0.0]
+        result = ops.zeros_like(x) + last
+    for coefficient in coefficients[::-1]:
         result = result * x + coefficient
     return result
 
 
-def evaluate(coefficients, x):
-    """Returns the series `sum_p coefficients[p] x^p`."""
-    return ops.add(*halves(coefficients, x))
+def evaluate(series, x):
+    """Returns each `sum_p coefficients[p] x^p`; arguments as of `halves`."""
+    return [even + odd for even, odd in halves(series, x)]
 
 
-def denominators(query, sums, frame, size):
-    """Returns the denominator at each scaled query, and at its negative."""
-    s = query * (frame.half / size[1])
-    even, odd = halves(sums[0], s)
-    return even + odd, even - odd, s
+def scaled(query, frame, size):
+    """Returns the queries as the series take them."""
+    return query * (frame.half / size[1])
 
 
 def outputs(query, sums, frame, size):
-    """Returns the outputs for centred values."""
-    denominator, _, s = denominators(query, sums, frame, size)
-    return evaluate(sums[1], s) / denominator
+    """Returns the outputs for centred values, and what `fits` does."""
+    s = scaled(query, frame, size)
+    (even, odd), (*numerator,) = halves(sums[:2], s)
+    denominator = even + odd
+    kept = check_fit((even - odd) / denominator, s, sums[1][0])
+    return sum(numerator) / denominator, kept
 
 
 def fits(query, sums, frame, size):
     """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
-    denominator, opposite, s = denominators(query, sums, frame, size)
-    return check_fit(opposite / denominator, s, sums[1][0])
+    s = scaled(query, frame, size)
+    ((even, odd),) = halves(sums[:1], s)
+    return check_fit((even - odd) / (even + odd), s, sums[1][0])
 
 
 def check_fit(ratio, s, total):
@@ -249,10 +285,11 @@ def gradients(
     shifted, value = (key - frame.middle) / half, value - frame.mean
     if key_mask is not None:
         shifted = shifted * key_mask
-    denominator, _, s = denominators(query, sums, frame, size)
+    s = scaled(query, frame, size)
+    denominator, first, second = evaluate((sums[0], *sums[2:]), s)
     factor = upstream / denominator
-    slope = evaluate(sums[3], s) - output * evaluate(sums[2], s)
+    slope = second - output * first
     h, _, *slopes = moments(s, (factor, factor * output), scales)
-    slopes, y_slopes = (evaluate(x, shifted) for x in slopes)
+    slopes, y_slopes, to_value = evaluate((*slopes, h), shifted)
     to_key = (value * slopes - y_slopes) * (reach / half)
-    return factor * half * slope, to_key, evaluate(h, shifted)
+    return factor * half * slope, to_key, to_value

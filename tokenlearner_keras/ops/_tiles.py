@@ -7,6 +7,7 @@ products are summed by one kernel for all powers at once. Eight channels at a ti
 that what the kernel reads again and again stays in registers.
 """
 
+import numpy as np
 from keras import ops
 
 from tokenlearner_keras.ops._backend import loop
@@ -76,11 +77,10 @@ class Tiles:
 
 def _powers(x, count):
     """Returns `x^0, x^1, ...` for `(..., 1, n)`: `(..., count, n)`."""
-    exponents = ops.arange(count)[:, None]
-    result, square = None, x
+    exponents = np.arange(count)[:, None]
+    result, square, one = None, x, ops.cast(1, x.dtype)
     for bit in range(max(1, (count - 1).bit_length())):
-        odd = ops.equal((exponents // 2**bit) % 2, 1)
-        factor = ops.where(odd, square, ops.ones_like(square))
+        factor = ops.where(exponents >> bit & 1 == 1, square, one)
         result = factor if result is None else result * factor
         square = square * square
     return result
@@ -95,26 +95,24 @@ def _power(x, count):
 
 
 def finish_moments(sums, *weights):
-    """Returns weighted moments: for each list of weights both, `(count, batch, 1, d)`.
+    """Returns weighted moments: for each list of weights both, `(powers, batch, 1, d)`.
 
     Weighted before the last sum, so that XLA does not do it once more for each token.
 
     Args:
         sums: What `moments` returned.
-        *weights: Lists of numbers by power.
+        *weights: Lists of numbers by power; as many as there are powers.
     """
     columns, batch, _, factors, blocks, width, size = ops.shape(sums)
-    results = []
-    for numbers in weights:
-        padded = [*numbers, *[0.0] * (blocks * width - len(numbers))]
-        factor = ops.convert_to_tensor(padded, sums.dtype)
-        factor = ops.reshape(factor, (blocks, width, 1))
-        for index in range(factors):
-            part = ops.sum(sums[:, :, :, index] * factor, axis=2)
-            part = ops.reshape(part, (columns, batch, blocks * width, size))
-            part = ops.transpose(part, (2, 1, 0, 3))[: len(numbers)]
-            results.append(ops.reshape(part, (len(numbers), batch, 1, columns * size)))
-    return results
+    number, powers, used = len(weights), blocks * width, len(weights[0])
+    table = np.zeros((number, powers))
+    table[:, :used] = weights
+    table = ops.convert_to_tensor(table.reshape(number, 1, 1, 1, 1, blocks, width, 1))
+    sums = ops.sum(sums[None] * ops.cast(table, sums.dtype), axis=3)
+    sums = ops.reshape(sums, (number, columns, batch, factors, powers, size))
+    sums = ops.transpose(sums, (0, 3, 4, 2, 1, 5))
+    shape = (number * factors, powers, batch, 1, columns * size)
+    return [part[:used] for part in ops.unstack(ops.reshape(sums, shape))]
 
 
 def moments(x, factors, count):
@@ -170,5 +168,5 @@ def weighted_moments(x, factors, weights):
     """
     factors = [ops.ones_like(x) if y is None else y for y in factors]
     sums = moments(x, factors, len(weights) + 1)
-    *results, first, second = finish_moments(sums, weights, [0.0, *weights])
-    return *results, first[1:], second[1:]
+    *lower, first, second = finish_moments(sums, [*weights, 0.0], [0.0, *weights])
+    return *(part[:-1] for part in lower), first[1:], second[1:]

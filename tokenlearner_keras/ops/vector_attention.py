@@ -366,8 +366,7 @@ def _interpolated_pair(size, has_mask):
         mask = mask if has_mask else None
         frame = _series.frame(key, value, mask)
         sums = _series.key_sums(moments, key, value, mask, frame, size)
-        output = _series.outputs(query, sums, frame, size)
-        kept = _series.fits(query, sums, frame, size)
+        output, kept = _series.outputs(query, sums, frame, size)
         # Never silently wrong.
         poison = ops.where(kept, ops.zeros_like(frame.mean), float("nan"))
         result = leave(output + (frame.mean + poison))
@@ -400,20 +399,17 @@ def _auto_pair(sizes, has_mask):
         sums = _series.key_sums(moments, key, value, mask, frame, sizes[0])
         like = args[0], query, ops.cast(0, "int32")
 
-        def fits(sums, size):
-            return ops.all(_series.fits(query, sums, frame, size))
-
         def result(output, index):
             results = leave(output + frame.mean), output
             return *results, ops.cast(index, "int32")
 
         def shortest():
-            return result(_series.outputs(query, sums, frame, sizes[0]), 0)
+            return result(_series.outputs(query, sums, frame, sizes[0])[0], 0)
 
         def longer(index):
             more = _series.key_sums(moments, key, value, mask, frame, sizes[index])
-            output = _series.outputs(query, more, frame, sizes[index])
-            return result(output, ops.where(fits(more, sizes[index]), index, number))
+            output, kept = _series.outputs(query, more, frame, sizes[index])
+            return result(output, ops.where(ops.all(kept), index, number))
 
         def exact():
             query, key, value, key_mask = args
@@ -434,7 +430,8 @@ def _auto_pair(sizes, has_mask):
 
         # The moments of the shortest series are there before it is known to do: the
         # usual case then needs one decision.
-        choice = ops.cast(ops.logical_not(fits(sums, sizes[0])), "int32")
+        kept = ops.all(_series.fits(query, sums, frame, sizes[0]))
+        choice = ops.cast(ops.logical_not(kept), "int32")
         output, centred, index = switch(choice, [shortest, otherwise], like)
         return output, (centred, index, *frame, *sums)
 
