@@ -416,3 +416,13 @@ def test_autograph_leaves_it_alone(monkeypatch):
     outside, inside = (status.name for status in seen)
     assert outside == "ENABLED"
     assert inside != "ENABLED"
+
+
+@pytest.mark.backends
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there is no such compiler")
+def test_definition_keeps_its_weights_apart_from_their_sum():
+    import jax
+
+    x = np.ones((1, 5, 2), "float32")
+    lowered = jax.jit(lambda x: vector_attention(x, x, x, method="dense")).lower(x)
+    assert "optimization_barrier" in lowered.as_text()

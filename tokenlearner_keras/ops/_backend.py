@@ -176,6 +176,19 @@ def loop(count, body, init):
     return init
 
 
+def stored(x):
+    """Returns a tensor that XLA on JAX keeps in memory, whoever uses it.
+
+    On a GPU it would join a softmax and the sum that its weights are for in one Triton
+    kernel, and compile that for minutes.
+    """
+    if keras.backend.backend() != "jax":
+        return x
+    import jax
+
+    return jax.lax.optimization_barrier(x)
+
+
 def switch(index, branches, like):
     """Returns the result of one of the branches.
 

@@ -215,7 +215,7 @@ def _long_halves(coefficients, square):
 
 
 def _horner(coefficients, x, result=None):
-    """Returns the polynomial, with `result` instead of zero after its last term."""
+    """Returns the polynomial of all n coefficients, plus `result x^n` if given."""
     if result is None:
         *coefficients, last = coefficients or [0.0]
         result = ops.zeros_like(x) + last
@@ -237,10 +237,10 @@ def scaled(query, frame, size):
 def outputs(query, sums, frame, size):
     """Returns the outputs for centred values, and what `fits` does."""
     s = scaled(query, frame, size)
-    (even, odd), (*numerator,) = halves(sums[:2], s)
+    (even, odd), numerator = halves(sums[:2], s)
     denominator = even + odd
     kept = check_fit((even - odd) / denominator, s, sums[1][0])
-    return sum(numerator) / denominator, kept
+    return ops.add(*numerator) / denominator, kept
 
 
 def fits(query, sums, frame, size):

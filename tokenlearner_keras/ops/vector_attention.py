@@ -10,7 +10,12 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _series, _streaming, _tiles, _wide
-from tokenlearner_keras.ops._backend import switch, unconverted, with_gradient
+from tokenlearner_keras.ops._backend import (
+    stored,
+    switch,
+    unconverted,
+    with_gradient,
+)
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
 INTERPOLATED_TERMS = 40
@@ -260,7 +265,7 @@ def dense(query, key, value, mask=None, scale=1.0, drop=None):
         # A softmax over nothing but -inf is NaN; such a row is defined to be zero.
         some = ops.any(mask, axis=2, keepdims=True)
         logits = ops.where(some, logits, ops.zeros_like(logits))
-    weights = ops.softmax(logits, axis=2)
+    weights = stored(ops.softmax(logits, axis=2))
     if mask is not None:
         weights = ops.where(mask, weights, ops.zeros_like(weights))
     if drop is not None:
