@@ -30,7 +30,7 @@ AUTO_TERMS = (35, 64)
 # Longer series are summed by a loop, several side by side and so many terms at a time:
 # tracing and compiling take long over long expressions.
 UNROLLED = 48
-STRIDE = 16  # even
+STRIDE = 16
 
 
 @functools.cache
@@ -188,30 +188,38 @@ def halves(series, x):
     """
     square = x * x
     if series[0].shape[0] > UNROLLED:
-        even, odd = _long_halves(ops.stack(series, axis=1), square)
+        parts = _by_loop([c[first::2] for c in series for first in (0, 1)], square)
     else:
-        parts = [ops.unstack(coefficients) for coefficients in series]
-        even = [_horner(c[0::2], square) for c in parts]
-        odd = [_horner(c[1::2], square) for c in parts]
-    return [(a, x * b) for a, b in zip(even, odd)]
+        series = map(ops.unstack, series)
+        parts = [_horner(c[first::2], square) for c in series for first in (0, 1)]
+    return [(even, x * odd) for even, odd in zip(parts[0::2], parts[1::2])]
 
 
-def _long_halves(coefficients, square):
-    """Returns lists of the even and the odd parts, the latter without a factor `x`."""
-    count, number, *shape = ops.shape(coefficients)
-    zeros = ops.zeros((-count % STRIDE, number, *shape), coefficients.dtype)
-    coefficients = ops.concatenate([coefficients, zeros])
-    steps = -(-count // STRIDE)
-    coefficients = ops.reshape(coefficients, (steps, STRIDE // 2, 2, number, *shape))
+def evaluate(series, x):
+    """Returns each `sum_p coefficients[p] x^p`; arguments as of `halves`."""
+    if series[0].shape[0] > UNROLLED:
+        return _by_loop(series, x)
+    return [even + odd for even, odd in halves(series, x)]
+
+
+def _by_loop(series, x):
+    """Returns each `sum_p coefficients[p] x^p`, `STRIDE` terms of all at a time."""
+    steps = -(-series[0].shape[0] // STRIDE)
+    padded = []
+    for coefficients in series:
+        missing = steps * STRIDE - coefficients.shape[0]
+        rest = [(0, 0)] * (len(coefficients.shape) - 1)
+        padded.append(ops.pad(coefficients, [(0, missing), *rest]))
+    number, shape = len(series), ops.shape(series[0])[1:]
+    table = ops.reshape(ops.stack(padded, axis=1), (steps, STRIDE, number, *shape))
 
     def body(index, sums):
-        start = steps - 1 - index, *[0] * (3 + len(shape))
-        taken = ops.slice(coefficients, start, (1, STRIDE // 2, 2, number, *shape))
-        return (_horner(ops.unstack(taken[0]), square, sums[0]),)
+        start = steps - 1 - index, *[0] * (2 + len(shape))
+        taken = ops.slice(table, start, (1, STRIDE, number, *shape))
+        return (_horner(ops.unstack(taken[0]), x, sums[0]),)
 
-    zeros = ops.zeros((2, number, *ops.shape(square)), square.dtype)
-    (result,) = loop(steps, body, (zeros,))
-    return [ops.unstack(half, number) for half in ops.unstack(result, 2)]
+    zeros = ops.zeros((number, *ops.shape(x)), x.dtype)
+    return ops.unstack(loop(steps, body, (zeros,))[0], number)
 
 
 def _horner(coefficients, x, result=None):
@@ -222,11 +230,6 @@ def _horner(coefficients, x, result=None):
     for coefficient in coefficients[::-1]:
         result = result * x + coefficient
     return result
-
-
-def evaluate(series, x):
-    """Returns each `sum_p coefficients[p] x^p`; arguments as of `halves`."""
-    return [even + odd for even, odd in halves(series, x)]
 
 
 def scaled(query, frame, size):
