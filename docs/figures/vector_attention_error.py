@@ -34,7 +34,7 @@ def series(q, k, v, num_terms):
     q, k, v = (ops.convert_to_tensor(x[None].astype("float32")) for x in (q, k, v))
     frame, size = _series.frame(k, v, None), _series.size(num_terms)
     sums = _series.key_sums(_tiles.weighted_moments, k, v, None, frame, size)
-    output = _series.outputs(q, sums, frame, size) + frame.mean
+    output = _series.outputs(q, sums, frame, size)[0] + frame.mean
     return ops.convert_to_numpy(output)[0]
 
 
