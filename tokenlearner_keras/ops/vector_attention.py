@@ -50,7 +50,7 @@ def vector_attention(
     - `"dense"`: the definition. Stores tensors of `queries * keys * channels`.
     - `"streaming"`: exact, in blocks. Quadratic time, linear memory.
     - `"interpolated"`: a power series of `num_terms` terms, in linear time and without
-      control flow. A channel where its error bound does not hold becomes NaN.
+      branches. A channel where its error bound does not hold becomes NaN.
     - `"auto"`: the shortest compiled series whose error bound,
       `vector_attention_error_bound`, is at most the spacing of the dtype at one; where
       none is, where alternating terms would cancel, and for infinities, streaming. The
