@@ -10,6 +10,8 @@ so that XLA finds what it tuned for the one before. Writes distributed_jax.md an
 after each pair: a model in one precision.
 
 `--check-steps 4` also compares the losses of the first steps on the same batches.
+The batches are for devices of 141 GB, such as an H200; for smaller ones there are
+`--batch-size` and `--memory-limit`.
 `--models toy_vit toy_video --virtual-cpus 2` tries the script without a GPU. Flags
 of XLA come from the environment variable `XLA_FLAGS`, and are named in the results.
 """
