@@ -14,10 +14,13 @@ def test_evaluate_is_a_polynomial(terms):
     x = rng.uniform(-1, 1, (2, 5, 3)).astype("float32")
     tensors = [ops.convert_to_tensor(c) for c in series]
     results = _series.evaluate(tensors, ops.convert_to_tensor(x))
+    halves = _series.halves(tensors, ops.convert_to_tensor(x))
     powers = x ** np.arange(terms)[:, None, None, None]
-    for result, coefficients in zip(results, series, strict=True):
-        expected = (coefficients * powers).sum(0)
-        np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-5)
+    for result, half, coefficients in zip(results, halves, series, strict=True):
+        parts = coefficients * powers
+        expected = parts.sum(0), parts[0::2].sum(0), parts[1::2].sum(0)
+        for got, wanted in zip((result, *half), expected, strict=True):
+            np.testing.assert_allclose(ops.convert_to_numpy(got), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", [_tiles, _wide])

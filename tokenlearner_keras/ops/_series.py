@@ -203,14 +203,14 @@ def evaluate(series, x):
 
 
 def _by_loop(series, x):
-    """Returns each `sum_p coefficients[p] x^p`, `STRIDE` terms of all at a time."""
+    """Returns each `sum_p coefficients[p] x^p`, `STRIDE` terms of all at a time.
+
+    No series may be longer than the first.
+    """
     steps = -(-series[0].shape[0] // STRIDE)
-    padded = []
-    for coefficients in series:
-        missing = steps * STRIDE - coefficients.shape[0]
-        rest = [(0, 0)] * (len(coefficients.shape) - 1)
-        padded.append(ops.pad(coefficients, [(0, missing), *rest]))
     number, shape = len(series), ops.shape(series[0])[1:]
+    rest = [(0, 0)] * len(shape)
+    padded = [ops.pad(c, [(0, steps * STRIDE - c.shape[0]), *rest]) for c in series]
     table = ops.reshape(ops.stack(padded, axis=1), (steps, STRIDE, number, *shape))
 
     def body(index, sums):
@@ -240,25 +240,23 @@ def scaled(query, frame, size):
 def outputs(query, sums, frame, size):
     """Returns the outputs for centred values, and what `fits` does."""
     s = scaled(query, frame, size)
-    (even, odd), numerator = halves(sums[:2], s)
-    denominator = even + odd
-    kept = check_fit((even - odd) / denominator, s, sums[1][0])
-    return ops.add(*numerator) / denominator, kept
+    denominator, numerator = halves(sums[:2], s)
+    kept = check_fit(*denominator, s, sums[1][0])
+    return ops.add(*numerator) / ops.add(*denominator), kept
 
 
 def fits(query, sums, frame, size):
     """Returns whether the series is exact enough, by channel, `(batch, 1, d)`."""
     s = scaled(query, frame, size)
-    ((even, odd),) = halves(sums[:1], s)
-    return check_fit((even - odd) / (even + odd), s, sums[1][0])
+    return check_fit(*halves(sums[:1], s)[0], s, sums[1][0])
 
 
-def check_fit(ratio, s, total):
+def check_fit(even, odd, s, total):
     """Returns whether a series is exact enough, by channel.
 
     Args:
-        ratio: Sum at the negative of each scaled query over the sum at the query: there
-            what alternates here has the same sign.
+        even: Even part of the denominator at each scaled query.
+        odd: Odd part, of the same shape.
         s: Scaled queries, of the same shape.
         total: Sum of the values, by channel.
 
@@ -268,6 +266,8 @@ def check_fit(ratio, s, total):
     # Comparisons that NaN fails. A sum, since XLA for CPUs makes a branch for each
     # element of a choice between a long expression and a number.
     outside = ops.where(ops.abs(s) <= 1, ops.zeros_like(s), float("inf"))
+    # At the negative of a query, what alternates here has the same sign.
+    ratio = (even - odd) / (even + odd)
     ratio = ratio * ratio + outside
     if len(s.shape) == 3:
         # A product with ones: XLA for CPUs makes more of it than of a sum over rows.

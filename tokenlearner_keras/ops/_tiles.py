@@ -107,8 +107,8 @@ def finish_moments(sums, *weights):
     number, powers, used = len(weights), blocks * width, len(weights[0])
     table = np.zeros((number, powers))
     table[:, :used] = weights
-    table = ops.convert_to_tensor(table.reshape(number, 1, 1, 1, 1, blocks, width, 1))
-    sums = ops.sum(sums[None] * ops.cast(table, sums.dtype), axis=3)
+    table = table.reshape(number, 1, 1, 1, 1, blocks, width, 1)
+    sums = ops.sum(sums[None] * ops.convert_to_tensor(table, sums.dtype), axis=3)
     sums = ops.reshape(sums, (number, columns, batch, factors, powers, size))
     sums = ops.transpose(sums, (0, 3, 4, 2, 1, 5))
     shape = (number * factors, powers, batch, 1, columns * size)

@@ -10,12 +10,7 @@ import keras
 from keras import ops
 
 from tokenlearner_keras.ops import _series, _streaming, _tiles, _wide
-from tokenlearner_keras.ops._backend import (
-    stored,
-    switch,
-    unconverted,
-    with_gradient,
-)
+from tokenlearner_keras.ops._backend import stored, switch, unconverted, with_gradient
 
 METHODS = ("auto", "dense", "streaming", "interpolated")
 INTERPOLATED_TERMS = 40
