@@ -1,9 +1,11 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 from tokenlearner_keras.training import get_strategy
@@ -148,6 +150,59 @@ def test_jax():
     assert any("'auto': DataParallel on 4 devices" in line for line in lines)
     assert lines[-1] == "4 devices"
     assert keras.backend.backend() == "tensorflow"
+
+
+JAX_PROCESSES = """
+import jax, keras, numpy as np, tensorflow as tf
+from tokenlearner_keras.training import get_strategy
+keras.utils.set_random_seed(0)
+get_strategy("auto")
+inputs = keras.Input((4,))
+model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+model.compile("sgd", "mse")
+rng = np.random.default_rng(0)
+arrays = rng.normal(size=(8, 4)), rng.normal(size=(8, 2))
+batches = tf.data.Dataset.from_tensor_slices(arrays).batch(4)
+losses = model.fit(batches, verbose=0).history["loss"]
+print("RESULT", jax.process_count(), len(jax.devices()), *losses)
+"""
+
+
+@pytest.mark.slow
+def test_jax_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def start(**variables):
+        return subprocess.Popen(
+            [sys.executable, "-c", JAX_PROCESSES],
+            env={
+                **os.environ,
+                "KERAS_BACKEND": "jax",
+                "JAX_PLATFORMS": "cpu",
+                **{f"KERAS_DISTRIBUTION_{k}": v for k, v in variables.items()},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(process):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        lines = [x for x in output.splitlines() if x.startswith("RESULT")]
+        return [float(x) for x in lines[0].split()[1:]]
+
+    workers = [
+        start(JOB_ADDRESSES=address, NUM_PROCESSES="2", PROCESS_ID=number)
+        for number in ("0", "1")
+    ]
+    one, *several = map(finish, [start(), *workers])
+    assert one[:2] == [1, 1]
+    for result in several:
+        assert result[:2] == [2, 2]
+        np.testing.assert_allclose(result[2:], one[2:], rtol=1e-5)
 
 
 @pytest.mark.tensorflow
