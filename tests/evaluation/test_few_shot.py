@@ -196,10 +196,11 @@ tf.config.set_logical_device_configuration(
 import keras
 from tests.evaluation.test_few_shot import blobs, small_model
 from tokenlearner_keras.evaluation import few_shot
+from tokenlearner_keras.training import get_strategy
 model, data = small_model(), {"blobs": (blobs(0), blobs(1))}
 tfdata = {"blobs": [tf.data.Dataset.from_tensor_slices(z).batch(32) for z in data["blobs"]]}
 one = few_shot(model, data, verbose=0)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+strategy = get_strategy("mirrored", devices=["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
 two = few_shot(model, data, strategy=strategy, verbose=0)
 streamed = few_shot(model, tfdata, strategy=strategy, verbose=0)

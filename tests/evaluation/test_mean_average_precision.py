@@ -226,9 +226,10 @@ tf.config.set_logical_device_configuration(
 )
 import keras
 from tokenlearner_keras.evaluation import MeanAveragePrecision
+from tokenlearner_keras.training import get_strategy
 
 labels, scores = (np.load(path) for path in sys.argv[1:])
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+strategy = get_strategy("mirrored", devices=["CPU:0", "CPU:1"])
 values = {}
 with strategy.scope():
     metric = MeanAveragePrecision(labels.shape[1], capacity=len(labels))

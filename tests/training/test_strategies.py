@@ -40,6 +40,28 @@ def test_mirrored():
     assert strategy.num_replicas_in_sync == 1
 
 
+@pytest.mark.parametrize("arguments", [["cpu"], ["mirrored", ["CPU:0"]]])
+def test_datasets_of_arrays_are_rewritten(arguments):
+    """Else TensorFlow crashes now and then, when an iterator over them is deleted."""
+    import tensorflow as tf
+
+    off = tf.data.Options()
+    off.experimental_optimization.apply_default_optimizations = False
+    dataset = tf.data.Dataset.range(8).batch(2).with_options(off)  # as Keras's arrays
+    for _ in range(2):  # the second time it may be the same strategy
+        strategy = get_strategy(*arguments)
+        shared_out = strategy.experimental_distribute_dataset(dataset)
+        assert [batch.numpy().tolist() for batch in shared_out] == [
+            [0, 1],
+            [2, 3],
+            [4, 5],
+            [6, 7],
+        ]
+        optimization = shared_out._original_dataset.options().experimental_optimization
+        assert optimization.noop_elimination
+        assert optimization.apply_default_optimizations is False
+
+
 def test_missing_devices():
     with pytest.raises(ValueError, match=r"'mirrored' needs devices.*there are.*CPU:0"):
         get_strategy("mirrored")

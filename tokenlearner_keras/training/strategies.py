@@ -64,6 +64,7 @@ def get_strategy(
     backend = keras.backend.backend()
     if backend == "tensorflow":
         strategy, chosen = _tensorflow_strategy(name, devices, tpu, zone, project)
+        _rewrite_datasets(strategy)
     elif backend == "jax":
         strategy, chosen = _jax_distribution(name, devices)
     else:
@@ -94,6 +95,28 @@ def _tensorflow_strategy(name, devices, tpu, zone, project):
         return _mirrored_strategy(devices, gpus)
     device = gpus[0] if gpus and name == "one_device" else "CPU:0"
     return tf.distribute.OneDeviceStrategy(device), f"OneDeviceStrategy on {device}"
+
+
+def _rewrite_datasets(strategy):
+    """Has TensorFlow rewrite each dataset that it shares out, also those of arrays.
+
+    What a rewriting makes belongs to the thread that reads ahead. A dataset that is not
+    rewritten, as Keras asks for arrays, belongs to the iterator, which on its deletion
+    lets go of it before it stops the thread: from time to time TensorFlow crashes.
+    """
+    import tensorflow as tf
+
+    distribute = strategy.experimental_distribute_dataset
+    if getattr(distribute, "rewrites", False):
+        return
+    rewriting = tf.data.Options()
+    rewriting.experimental_optimization.noop_elimination = True
+
+    def distribute_rewritten(dataset, options=None):
+        return distribute(dataset.with_options(rewriting), options)
+
+    distribute_rewritten.rewrites = True
+    strategy.experimental_distribute_dataset = distribute_rewritten
 
 
 def _mirrored_strategy(devices, gpus):
