@@ -1,18 +1,16 @@
-"""Trains a small model with `train`, in children that the parent kills with signal 9.
+"""Trains a small model with `train`: the program that test_checkpointing.py kills.
 
-Run by test_checkpointing.py in a process of its own. TensorFlow is imported once; the
-children are forks made before it starts, so that each begins within a moment.
+    checkpointing_run.py FOLDER [DEVICES]
 
-    checkpointing_run.py FOLDER KILLS SEED [DEVICES]
+It does not know whether it was killed before. It writes a line to FOLDER.log when it has
+imported everything and one for each step that it trains, so that the test can see how far
+it has come.
 """
 
 import json
 import os
-import random
-import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -27,11 +25,12 @@ from tokenlearner_keras.training import distributed, get_strategy, train
 
 EPOCHS = 6
 STEPS = 40
-DEVICES = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+DEVICES = int(sys.argv[2]) if len(sys.argv) > 2 else 1
 
 
-def run(folder, output):
-    """The whole program of a user: it does not know whether it was killed before."""
+def main(folder):
+    log = open(f"{folder}.log", "a", buffering=1)  # noqa: SIM115
+    log.write(f"{os.getpid()} started\n")
     if DEVICES == 1:
         strategy = get_strategy("cpu", verbose=False)
     else:
@@ -44,7 +43,7 @@ def run(folder, output):
         strategy = get_strategy("mirrored", devices=names, verbose=False)
     with strategy.scope():
         model = make_model()
-    train_model(model, folder, output)
+    train_model(model, folder, log)
 
 
 def make_model():
@@ -65,7 +64,7 @@ def make_model():
     return model
 
 
-def train_model(model, folder, output):
+def train_model(model, folder, log):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((STEPS * 8, 6)).astype("float32")
     y = rng.integers(0, 3, STEPS * 8)
@@ -74,13 +73,11 @@ def train_model(model, folder, output):
         data = tf.data.Dataset.from_tensor_slices((x, y))
         return data.shuffle(len(x), seed=epoch).batch(8)
 
-    log = open(f"{folder}.log", "a")  # noqa: SIM115
     pause = keras.callbacks.LambdaCallback(
-        # Room for the kills, and a record of how far each child came.
+        # Room for the kills, and a record of how far each process came.
         on_train_batch_end=lambda batch, logs: (
             time.sleep(0.002),
             log.write(f"{os.getpid()} {model.optimizer.iterations.numpy()}\n"),
-            log.flush(),
         )
     )
     history = train(
@@ -98,48 +95,8 @@ def train_model(model, folder, output):
         "epoch": history.epoch,
         "weights": [w.tobytes().hex() for w in model.get_weights()],
     }
-    Path(output).write_text(json.dumps(result))
-
-
-def fork(folder, output):
-    child = os.fork()
-    if child == 0:
-        try:
-            run(folder, output)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def progress(folder, child):
-    """The number of steps that a child has trained, without those it resumed."""
-    path = Path(f"{folder}.log")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return len({line for line in lines if line.startswith(f"{child} ")})
-
-
-def main(folder, kills, seed):
-    folder = Path(folder)
-    os.waitpid(fork(folder / "whole", folder / "whole.json"), 0)
-    rng = random.Random(seed)
-    killed = []
-    output = folder / "killed.json"
-    while len(killed) < kills:
-        child = fork(folder / "killed", output)
-        steps = rng.randrange(18)
-        while progress(folder / "killed", child) < steps:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                raise RuntimeError(f"A run ended before its kill: {killed}")
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, or while it saves
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        killed.append(progress(folder / "killed", child))
-    status = os.waitpid(fork(folder / "killed", output), 0)[1]
-    print(json.dumps({"killed": killed, "status": status}))
+    Path(f"{folder}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1])

@@ -1,10 +1,12 @@
 import errno
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -261,19 +263,49 @@ def test_misuse(tmp_path):
         train(make_model(), lambda e: make_dataset(e).repeat(), 1, tmp_path)
 
 
+def start(folder, devices):
+    """Starts the run whose checkpoints, log and result lie at `folder`."""
+    command = [sys.executable, str(RUN), str(folder), str(devices)]
+    # Of a crash outside Python, the errors then say where it was.
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with open(f"{folder}.err", "a") as errors:
+        return subprocess.Popen(command, env=environment, stderr=errors)
+
+
+def result(folder, process):
+    code = process.wait()
+    assert code == 0, (code, Path(f"{folder}.err").read_text()[-5000:])
+    return json.loads(Path(f"{folder}.json").read_text())
+
+
+def progress(folder, process):
+    """The number of steps a process has trained, and 1 for having imported everything."""
+    path = Path(f"{folder}.log")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return len({line for line in lines if line.startswith(f"{process.pid} ")})
+
+
 def kill_and_compare(tmp_path, kills, seed, devices=1):
-    numbers = [str(number) for number in (kills, seed, devices)]
-    command = [sys.executable, str(RUN), str(tmp_path), *numbers]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    report = json.loads(result.stdout.splitlines()[-1])
-    assert report["status"] == 0, result.stderr[-3000:]
-    whole = json.loads((tmp_path / "whole.json").read_text())
-    killed = json.loads((tmp_path / "killed.json").read_text())
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = start(whole, devices)
+    rng = random.Random(seed)
+    trained = []
+    for _ in range(kills):
+        process = start(killed, devices)
+        steps = rng.randrange(18)
+        while progress(killed, process) <= steps:
+            assert process.poll() is None, Path(f"{killed}.err").read_text()[-5000:]
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, or while it saves
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        trained.append(progress(killed, process) - 1)
+    killed = result(killed, start(killed, devices))
+    whole = result(whole, uninterrupted)
     assert len(whole["history"]["loss"]) == len(whole["epoch"]) == 6
     if devices == 1:
         assert killed == whole  # bitwise: JSON holds every digit of a float
-        return report
+        return trained
     for name, values in whole["history"].items():
         np.testing.assert_allclose(
             killed["history"][name], values, rtol=1e-5, err_msg=name
@@ -284,22 +316,21 @@ def kill_and_compare(tmp_path, kills, seed, devices=1):
             rtol=1e-5,
             atol=1e-6,
         )
-    return report
+    return trained
 
 
 def test_kill_minus_9(tmp_path):
-    assert len(kill_and_compare(tmp_path, kills=2, seed=0)["killed"]) == 2
+    assert len(kill_and_compare(tmp_path, kills=2, seed=0)) == 2
 
 
 @pytest.mark.slow
 def test_20_random_kills(tmp_path):
-    assert len(kill_and_compare(tmp_path, kills=20, seed=1)["killed"]) == 20
+    assert len(kill_and_compare(tmp_path, kills=20, seed=1)) == 20
 
 
 @pytest.mark.slow
 def test_kills_on_two_devices(tmp_path):
-    report = kill_and_compare(tmp_path, kills=3, seed=2, devices=2)
-    assert len(report["killed"]) == 3
+    assert len(kill_and_compare(tmp_path, kills=3, seed=2, devices=2)) == 3
 
 
 def test_no_warnings_in_a_good_run(tmp_path):
