@@ -19,7 +19,7 @@ import time
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a cloud which TPU this is
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU: more processes may load it
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU: several may load it
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 # Name of the topology, and what one of its devices may use (GiB of HBM). A v4 chip has

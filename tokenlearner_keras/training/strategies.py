@@ -106,16 +106,14 @@ def _rewrite_datasets(strategy):
     """
     import tensorflow as tf
 
-    distribute = strategy.experimental_distribute_dataset
-    if getattr(distribute, "rewrites", False):
-        return
+    # Of the class: the strategy may have come through here before.
+    distribute = type(strategy).experimental_distribute_dataset
     rewriting = tf.data.Options()
     rewriting.experimental_optimization.noop_elimination = True
 
     def distribute_rewritten(dataset, options=None):
-        return distribute(dataset.with_options(rewriting), options)
+        return distribute(strategy, dataset.with_options(rewriting), options)
 
-    distribute_rewritten.rewrites = True
     strategy.experimental_distribute_dataset = distribute_rewritten
 
 
