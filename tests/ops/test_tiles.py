@@ -8,20 +8,27 @@ from tests.ops.vector_attention_reference import (
     BACKEND,
     reference,
     relative_errors,
+    value_and_gradients,
 )
 from tokenlearner_keras.ops import _tiles, vector_attention
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("length", [1, 16, 64, 77, 200])
+@pytest.mark.parametrize("length", [1, 16, 64, 77, 200, 512, 513, 1000, 1024])
 @pytest.mark.parametrize("channels", [3, 24])
 def test_moments(channels, length, batch):
     rng = np.random.default_rng(length)
-    x = rng.uniform(-1, 1, (batch, length, channels)).astype("float32")
+    # Multiples of 1/4096, to which 1024 can be added without rounding.
+    x = rng.integers(-4096, 4097, (batch, length, channels)).astype("float32") / 4096
     factors = [rng.standard_normal(x.shape).astype("float32") for _ in range(2)]
     weights = [1.0 + 0.1 * p for p in range(23)]
-    tensors = [ops.convert_to_tensor(array) for array in (x, *factors)]
-    sums = _tiles.moments(tensors[0], tensors[1:], 23)
+
+    def make(x, *factors):
+        # Padding, which lies far from the tokens, must not count.
+        return x - 1024, factors
+
+    tensors = [ops.convert_to_tensor(array) for array in (x + 1024, *factors)]
+    sums = _tiles.moments(make, tensors, 23)
     results = _tiles.finish_moments(sums, weights)
     powers = x.astype("float64") ** np.arange(23)[:, None, None, None]
     for result, factor in zip(results, factors, strict=True):
@@ -43,10 +50,29 @@ def test_columns_are_one_vector_where_possible(channels, expected):
 @pytest.mark.parametrize("batch", [1, 2, 8, 1000, None])
 @pytest.mark.parametrize("length", [1, 15, 64, 65, 512, 513, 4096])
 def test_plan_covers_every_token(length, batch):
-    rows, count = _tiles.plan(batch, length)
+    rows, tiles, chunks = _tiles.plan(batch, length)
     assert rows % _tiles.GROUP == 0
-    assert length <= rows * count < length + rows + count * _tiles.GROUP
+    assert tiles <= _tiles.TILES
+    count = tiles * chunks
+    assert length <= rows * count < length + rows * chunks + count * _tiles.GROUP
     assert rows <= max(_tiles.GROUP, _tiles.ROWS // (batch or 4))
+
+
+@pytest.mark.parametrize("length", [600, 1100])
+def test_masks_over_several_chunks(length):
+    rng = np.random.default_rng(length)
+    shapes = [(2, 90, 2), (2, length, 2), (2, length, 2), (2, 90, 2)]
+    arrays = [rng.standard_normal(s).astype("float32") for s in shapes]
+    # Padding must not pass for keys near zero, masked keys not for any.
+    arrays[1] += 50
+    mask = np.broadcast_to(rng.random(length) < 0.7, (2, length))
+    arrays[1][~mask] = 1e30
+    results = value_and_gradients(*arrays, mask=mask)
+    query, key, value, upstream = arrays
+    kept = mask[0]
+    expected = reference(query, key[:, kept], value[:, kept], upstream)
+    results[2:] = [x[:, kept] for x in map(np.asarray, results[2:])]
+    assert max(relative_errors(results, expected)) < 1e-5
 
 
 @pytest.mark.tensorflow

@@ -160,11 +160,16 @@ def key_sums(moments, key, value, key_mask, frame, size):
         frame: A `Frame`.
         size: One of `sizes()`.
     """
-    x, y, ones = (key - frame.middle) / frame.half, value - frame.mean, None
-    if key_mask is not None:
-        x, y, ones = x * key_mask, y * key_mask, ops.ones_like(y) * key_mask
+
+    def make(key, value, *masks):
+        x, y, ones = (key - frame.middle) / frame.half, value - frame.mean, None
+        for mask in masks:
+            x, y, ones = x * mask, y * mask, ops.ones_like(y) * mask
+        return x, (ones, y)
+
+    tensors = [key, value] if key_mask is None else [key, value, key_mask]
     # One more than the series has terms: the derivative starts at the second.
-    lower, *others = moments(x, (ones, y), size[2])
+    lower, *others = moments(make, tensors, size[2])
     return never_zero(lower), *others
 
 
@@ -292,7 +297,11 @@ def gradients(
     denominator, first, second = evaluate((sums[0], *sums[2:]), s)
     factor = upstream / denominator
     slope = second - output * first
-    h, _, *slopes = moments(s, (factor, factor * output), scales)
+
+    def make(query, factor, output):
+        return scaled(query, frame, size), (factor, factor * output)
+
+    h, _, *slopes = moments(make, [query, factor, output], scales)
     slopes, y_slopes, to_value = evaluate((*slopes, h), shifted)
     to_key = (value * slopes - y_slopes) * (reach / half)
     return factor * half * slope, to_key, to_value

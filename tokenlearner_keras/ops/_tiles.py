@@ -4,7 +4,8 @@ XLA for CPUs makes one loop nest of each output, and no array larger than a cach
 pass between two of them. So a loop goes over tiles of tokens, and its body has few
 kernels with much work: powers come from two small tables, `x^b` and `x^(W a)`, whose
 products are summed by one kernel for all powers at once. Eight channels at a time, so
-that what the kernel reads again and again stays in registers.
+that what the kernel reads again and again stays in registers. Tokens are put into the
+order of the tiles by chunks, which stay in a cache, too.
 """
 
 import numpy as np
@@ -14,6 +15,8 @@ from tokenlearner_keras.ops._backend import loop
 
 # Rows of a tile; with larger batches fewer.
 ROWS = 64
+# The most tiles that are put in order at a time.
+TILES = 8
 # Rows that one kernel adds up before they reach memory.
 GROUP = 16
 # Powers in the first table.
@@ -26,7 +29,7 @@ MAX_COLUMNS = 64
 
 
 def plan(batch, length):
-    """Returns the rows of a tile and the number of tiles.
+    """Returns the rows of a tile, the tiles of a chunk and the number of chunks.
 
     Args:
         batch: int or `None`.
@@ -34,11 +37,13 @@ def plan(batch, length):
     """
     rows = max(GROUP, ROWS // (batch or 4) // GROUP * GROUP)
     if not isinstance(length, int):
-        return rows, -(-length // rows)
-    count = max(1, -(-length // rows))
+        return rows, -(-length // rows), 1
+    tiles = max(1, -(-length // rows))
+    chunks = -(-tiles // TILES)
+    tiles = -(-tiles // chunks)
     # As equal as they can be, for little padding.
-    rows = -(-length // (count * GROUP)) * GROUP
-    return rows, count
+    rows = -(-length // (chunks * tiles * GROUP)) * GROUP
+    return rows, tiles, chunks
 
 
 def columns(channels):
@@ -51,19 +56,40 @@ def columns(channels):
 
 
 class Tiles:
-    """Cuts tensors `(batch, tokens, d)` into tiles of tokens, padded with zeros."""
+    """Cuts tensors `(batch, tokens, d)` into chunks, and those into tiles of tokens."""
 
     def __init__(self, like):
         self.batch, self.length, self.channels = ops.shape(like)
-        self.rows, self.count = plan(like.shape[0], self.length)
+        self.rows, self.count, self.chunks = plan(like.shape[0], self.length)
         self.columns = columns(self.channels)
+        self.size = self.rows * self.count
+
+    def pad(self, x):
+        """Returns a tensor with zeros behind its tokens, as many as fill the chunks."""
+        batch, _, channels = ops.shape(x)
+        missing = self.size * self.chunks - self.length
+        if isinstance(missing, int) and missing == 0:
+            return x
+        zeros = ops.zeros((batch, missing, channels), dtype=x.dtype)
+        return ops.concatenate([x, zeros], axis=1)
+
+    def chunk(self, x, index):
+        """Returns one chunk of a padded tensor."""
+        if self.chunks == 1:
+            return x
+        batch, _, channels = ops.shape(x)
+        return ops.slice(x, (0, index * self.size, 0), (batch, self.size, channels))
+
+    def without_padding(self, x, index):
+        """Returns a chunk, zero where there is no token."""
+        missing = self.size * self.chunks - self.length
+        if isinstance(missing, int) and missing == 0:
+            return x
+        used = index * self.size + ops.arange(self.size) < self.length
+        return ops.where(used[:, None], x, ops.zeros_like(x))
 
     def cut(self, x):
-        """Returns all tiles: `(tiles, d / columns, batch, groups, GROUP, columns)`."""
-        shape = list(ops.shape(x))
-        shape[1] = self.rows * self.count - self.length
-        if not (isinstance(shape[1], int) and shape[1] == 0):
-            x = ops.concatenate([x, ops.zeros(shape, dtype=x.dtype)], axis=1)
+        """Returns a chunk as `(tiles, d / columns, batch, groups, GROUP, columns)`."""
         groups, blocks = self.rows // GROUP, self.channels // self.columns
         shape = (self.batch, self.count, groups, GROUP, blocks, self.columns)
         return ops.transpose(ops.reshape(x, shape), (1, 4, 0, 2, 3, 5))
@@ -115,16 +141,18 @@ def finish_moments(sums, *weights):
     return [part[:used] for part in ops.unstack(ops.reshape(sums, shape))]
 
 
-def moments(x, factors, count):
+def moments(make, tensors, count):
     """Returns the sums of `x^p y` for both `y`, as `finish_moments` takes them.
 
     Args:
-        x: Tensor of shape `(batch, tokens, d)`.
-        factors: Both `y`, of the same shape.
+        make: Function from tokens of the tensors to `x` and a pair of `y`, all of shape
+            `(batch, tokens, d)`. Called with a chunk at a time, so that what it makes
+            of all of them need not go through memory.
+        tensors: List of tensors `(batch, tokens, d or 1)`, the first one of d channels.
         count: int. Number of powers.
     """
-    tiles = Tiles(x)
-    cut = [tiles.cut(part) for part in (x, *factors)]
+    tiles = Tiles(tensors[0])
+    padded = [tiles.pad(x) for x in tensors]
     blocks = -(-count // WIDTH)
 
     def rows(table, *sizes):
@@ -132,19 +160,27 @@ def moments(x, factors, count):
         shape = (*ops.shape(table)[:3], *sizes, GROUP, tiles.columns)
         return ops.unstack(ops.reshape(table, shape), axis=-2)
 
-    def body(index, sums):
-        x, *factors = (tiles.take(part, index) for part in cut)
-        # One kernel for both: it costs a product a row, and saves a start.
-        factors = rows(ops.stack(factors, axis=3), len(factors), 1, 1)
-        high = rows(_powers(_power(x, WIDTH), blocks), 1, blocks, 1)
-        low = rows(_powers(x, WIDTH), 1, 1, WIDTH)
-        parts = [a * b * c for a, b, c in zip(factors, high, low)]
-        # Two chains of multiply-adds: a tree would be a third more instructions.
-        return (sums[0] + (sum(parts[0::2]) + sum(parts[1::2])),)
+    def add_chunk(chunk, sums):
+        x, factors = make(*(tiles.chunk(tensor, chunk) for tensor in padded))
+        cut = [tiles.cut(tiles.without_padding(y, chunk)) for y in (x, *factors)]
+
+        def add_tile(index, sums):
+            x, *factors = (tiles.take(part, index) for part in cut)
+            # One kernel for both: it costs a product a row, and saves a start.
+            factors = rows(ops.stack(factors, axis=3), len(factors), 1, 1)
+            high = rows(_powers(_power(x, WIDTH), blocks), 1, blocks, 1)
+            low = rows(_powers(x, WIDTH), 1, 1, WIDTH)
+            parts = [a * b * c for a, b, c in zip(factors, high, low)]
+            # Two chains of multiply-adds: a tree would be a third more instructions.
+            return (sums[0] + (sum(parts[0::2]) + sum(parts[1::2])),)
+
+        return loop(tiles.count, add_tile, sums)
 
     shape = (tiles.channels // tiles.columns, tiles.batch, tiles.rows // GROUP)
-    zeros = ops.zeros((*shape, len(factors), blocks, WIDTH, tiles.columns), x.dtype)
-    return loop(tiles.count, body, (zeros,))[0]
+    zeros = ops.zeros((*shape, 2, blocks, WIDTH, tiles.columns), padded[0].dtype)
+    if tiles.chunks == 1:
+        return add_chunk(0, (zeros,))[0]
+    return loop(tiles.chunks, add_chunk, (zeros,))[0]
 
 
 def enter(x, channels):
@@ -155,18 +191,23 @@ def enter(x, channels):
 leave = enter
 
 
-def weighted_moments(x, factors, weights):
+def weighted_moments(make, tensors, weights):
     """Returns the weighted sums of `x^p y` for both `y`, and those of `x^(p + 1) y`.
 
     Args:
-        x: Tensor of shape `(batch, tokens, d)`.
-        factors: Both `y`, of the same shape; `None` is one.
+        make: Function from tokens of the tensors to `x` and a pair of `y`, all of shape
+            `(batch, tokens, d)`; a `y` of `None` is one.
+        tensors: List of tensors `(batch, tokens, d or 1)`, the first one of d channels.
         weights: Numbers, one for each p.
 
     Returns:
         Four tensors `(weights, batch, 1, d)`.
     """
-    factors = [ops.ones_like(x) if y is None else y for y in factors]
-    sums = moments(x, factors, len(weights) + 1)
+
+    def filled(*tensors):
+        x, factors = make(*tensors)
+        return x, [ops.ones_like(x) if y is None else y for y in factors]
+
+    sums = moments(filled, tensors, len(weights) + 1)
     *lower, first, second = finish_moments(sums, [*weights, 0.0], [0.0, *weights])
     return *(part[:-1] for part in lower), first[1:], second[1:]

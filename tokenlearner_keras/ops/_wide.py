@@ -41,11 +41,12 @@ def leave(x, channels):
     return ops.transpose(x, (0, 2, 1))
 
 
-def weighted_moments(x, factors, weights):
+def weighted_moments(make, tensors, weights):
     """As that of `_tiles`, for tensors `(batch * d, tokens)`.
 
     Powers by logarithms err by at most about half of float rounding at one.
     """
+    x, factors = make(*tensors)
     count = len(weights) + 1
     exponents = ops.reshape(ops.arange(count), (count, 1, 1))
     size = ops.log(ops.maximum(ops.abs(x), 1e-37))
