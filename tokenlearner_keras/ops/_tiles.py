@@ -63,14 +63,19 @@ class Tiles:
         self.rows, self.count, self.chunks = plan(like.shape[0], self.length)
         self.columns = columns(self.channels)
         self.size = self.rows * self.count
+        self.missing = self.size * self.chunks - self.length
+
+    @property
+    def is_full(self):
+        """Whether the chunks are known to need no padding."""
+        return isinstance(self.missing, int) and self.missing == 0
 
     def pad(self, x):
         """Returns a tensor with zeros behind its tokens, as many as fill the chunks."""
-        batch, _, channels = ops.shape(x)
-        missing = self.size * self.chunks - self.length
-        if isinstance(missing, int) and missing == 0:
+        if self.is_full:
             return x
-        zeros = ops.zeros((batch, missing, channels), dtype=x.dtype)
+        batch, _, channels = ops.shape(x)
+        zeros = ops.zeros((batch, self.missing, channels), dtype=x.dtype)
         return ops.concatenate([x, zeros], axis=1)
 
     def chunk(self, x, index):
@@ -82,8 +87,7 @@ class Tiles:
 
     def without_padding(self, x, index):
         """Returns a chunk, zero where there is no token."""
-        missing = self.size * self.chunks - self.length
-        if isinstance(missing, int) and missing == 0:
+        if self.is_full:
             return x
         used = index * self.size + ops.arange(self.size) < self.length
         return ops.where(used[:, None], x, ops.zeros_like(x))
