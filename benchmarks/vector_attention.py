@@ -6,8 +6,8 @@
 Each case (method, forward or forward and backward, number of tokens) is compiled with
 XLA, run once, and then timed until `--seconds` are over; the table has the median.
 Memory is what the compiled program allocates for temporaries, as XLA plans it (JAX), or
-the growth of the device's peak (GPU), or that of the process's in one call of the
-compiled program, its outputs included and compilation not (TensorFlow on a CPU). A case
+the growth of the device's peak in the first call, its outputs included (TensorFlow on a
+GPU), or that of the process's in one call, compilation not included (on a CPU). A case
 whose predecessor (half as many tokens) took so long that it would take more than
 `--limit` seconds is left out, as is the dense method beyond `--dense-limit` bytes.
 Results go to benchmarks/results/vector_attention_<name>.{json,md,png}.
@@ -99,19 +99,13 @@ def build(backend, method, backward, rounds):
     return tf.function(run, jit_compile=True), wait
 
 
-def peak_memory(backend, on_gpu):
-    """Peak bytes so far, of the device or of this process."""
-    if on_gpu and backend == "jax":
-        import jax
+def gpu_peak(restart=False):
+    """Peak bytes of the GPU with TensorFlow, since the last restart."""
+    import tensorflow as tf
 
-        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    if on_gpu:
-        import tensorflow as tf
-
-        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if restart:
+        tf.config.experimental.reset_memory_stats("GPU:0")
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def memory_of_a_call(call):
@@ -168,14 +162,16 @@ def run_case(options):
         arrays = [rng.standard_normal(shape).astype("float32") for _ in range(4)]
         sets.append([keras.ops.convert_to_tensor(a) for a in arrays])
     run, wait = build(backend, options.method, options.backward, options.rounds)
-    before = peak_memory(backend, on_gpu)
+    before = gpu_peak(restart=True) if on_gpu and backend == "tensorflow" else 0
     start = time.perf_counter()
+    if backend == "jax":
+        run = run.lower(*sets[0]).compile()
     wait(run(*sets[0]))
     compile_seconds = time.perf_counter() - start
-    temporary = peak_memory(backend, on_gpu) - before
     if backend == "jax":
-        compiled = run.lower(*sets[0]).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes
+        temporary = run.memory_analysis().temp_size_in_bytes
+    elif on_gpu:
+        temporary = gpu_peak() - before
     times, begin = [], time.perf_counter()
     calls = max(1, 20 // options.rounds) if on_gpu else 1
     while time.perf_counter() - begin < options.seconds or len(times) < 3:
@@ -346,7 +342,7 @@ def main():
     parser.add_argument(
         "--in-process",
         action="store_true",
-        help="all cases in one process: faster, but peaks of memory are JAX's alone",
+        help="all cases in one process: faster, but not for peaks of memory on a CPU",
     )
     parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
