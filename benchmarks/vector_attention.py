@@ -6,8 +6,8 @@
 Each case (method, forward or forward and backward, number of tokens) is compiled with
 XLA, run once, and then timed until `--seconds` are over; the table has the median.
 Memory is what the compiled program allocates for temporaries, as XLA plans it (JAX), or
-the growth of the device's peak in the first call, its outputs included (TensorFlow on a
-GPU), or that of the process's in one call, compilation not included (on a CPU). A case
+the growth of the peak of the GPU, or of the process on a CPU, in one call of the
+compiled program, its outputs included and compilation not (TensorFlow). A case
 whose predecessor (half as many tokens) took so long that it would take more than
 `--limit` seconds is left out, as is the dense method beyond `--dense-limit` bytes.
 Results go to benchmarks/results/vector_attention_<name>.{json,md,png}.
@@ -99,13 +99,15 @@ def build(backend, method, backward, rounds):
     return tf.function(run, jit_compile=True), wait
 
 
-def gpu_peak(restart=False):
-    """Peak bytes of the GPU with TensorFlow, since the last restart."""
+def gpu_memory_of_a_call(call):
+    """Bytes by which one call raises what TensorFlow takes of the GPU."""
     import tensorflow as tf
 
-    if restart:
-        tf.config.experimental.reset_memory_stats("GPU:0")
-    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+    experimental = tf.config.experimental
+    experimental.reset_memory_stats("GPU:0")  # peak := now
+    before = experimental.get_memory_info("GPU:0")["peak"]
+    call()
+    return experimental.get_memory_info("GPU:0")["peak"] - before
 
 
 def memory_of_a_call(call):
@@ -162,16 +164,11 @@ def run_case(options):
         arrays = [rng.standard_normal(shape).astype("float32") for _ in range(4)]
         sets.append([keras.ops.convert_to_tensor(a) for a in arrays])
     run, wait = build(backend, options.method, options.backward, options.rounds)
-    before = gpu_peak(restart=True) if on_gpu and backend == "tensorflow" else 0
     start = time.perf_counter()
     if backend == "jax":
         run = run.lower(*sets[0]).compile()
     wait(run(*sets[0]))
     compile_seconds = time.perf_counter() - start
-    if backend == "jax":
-        temporary = run.memory_analysis().temp_size_in_bytes
-    elif on_gpu:
-        temporary = gpu_peak() - before
     times, begin = [], time.perf_counter()
     calls = max(1, 20 // options.rounds) if on_gpu else 1
     while time.perf_counter() - begin < options.seconds or len(times) < 3:
@@ -180,8 +177,11 @@ def run_case(options):
             outputs = run(*sets[i % len(sets)])
         wait(outputs)
         times.append((time.perf_counter() - start) / calls / options.rounds)
-    if not on_gpu and backend == "tensorflow":
-        temporary = memory_of_a_call(lambda: wait(run(*sets[0])))
+    if backend == "jax":
+        temporary = run.memory_analysis().temp_size_in_bytes
+    else:
+        measure = gpu_memory_of_a_call if on_gpu else memory_of_a_call
+        temporary = measure(lambda: wait(run(*sets[0])))
     return {
         "device": name,
         "backend": backend,
