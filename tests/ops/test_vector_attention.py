@@ -280,11 +280,16 @@ def test_error_bound_arguments():
         vector_attention_error_bound(1, 1, 0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.2, 6.0])
+# More than 1024 keys have one series more.
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [(60, 1.0), (60, 2.2), (60, 6.0), *((1100, s) for s in (1.0, 1.5, 2.0, 6.0))],
+)
 @pytest.mark.skipif(BACKEND == "torch", reason="nothing is compiled")
-def test_one_compiled_program_takes_every_branch(scale):
+def test_one_compiled_program_takes_every_branch(keys, scale):
     rng = np.random.default_rng(9)
-    arrays = [normal(rng, 60, s, 2) for s in (scale, scale, 1, 1)]
+    query, upstream = normal(rng, 60, scale, 2), normal(rng, 60, 1, 2)
+    arrays = [query, normal(rng, keys, scale, 2), normal(rng, keys, 1, 2), upstream]
     errors = relative_errors(value_and_gradients(*arrays, jit=True), reference(*arrays))
     assert max(errors) < 1e-5
 

@@ -119,8 +119,9 @@ def vector_attention(
         tensors.append(pair_mask)
     if dropout > 0:
         tensors.append(ops.cast(ops.convert_to_tensor(seed), "int32"))
+    many = max(query.shape[1] or 0, key.shape[1] or 0) > _series.MANY_TOKENS
     function = _function(
-        method, num_terms, inner, pair_mask is not None, dropout, mask is not None
+        method, num_terms, inner, pair_mask is not None, dropout, mask is not None, many
     )
     exactness = "bfloat16" if set(dtypes) == {"bfloat16"} else inner
     fused = _fused_function(method, num_terms, exactness, function)
@@ -149,7 +150,8 @@ def packed_attention(length, dtype, method="auto"):
     method = resolve_method(method)
     if dtype == "float64" or length is None or length <= FEW_KEYS:
         return None
-    plain = _function(method, None, "float32", False, 0.0, False)
+    many = length > _series.MANY_TOKENS
+    plain = _function(method, None, "float32", False, 0.0, False, many)
     return _fused_function(method, None, dtype, plain, packed=True)
 
 
@@ -172,10 +174,10 @@ def vector_attention_error_bound(
         max_query: float. Largest `|scale * query|` of a channel.
         key_range: float. Largest minus smallest key of that channel.
         num_terms: int. Number of coefficients. 35, 40 and 64 have a near-minimax
-            polynomial (in float32, `auto` uses 35 and 64, `interpolated` and the GPU
-            kernel of the JAX backend 40), and 30 has one for bfloat16 (which that
-            kernel uses where queries, keys and values are bfloat16); others are the
-            Taylor series, as are all in float64.
+            polynomial (in float32, `auto` uses 35 and 64, beyond 1024 tokens 40 as
+            well, `interpolated` and the GPU kernel of the JAX backend 40), and 30 has
+            one for bfloat16 (which that kernel uses where queries, keys and values are
+            bfloat16); others are the Taylor series, as are all in float64.
         dtype: Name of the dtype of the queries, keys and values.
 
     Returns:
@@ -269,7 +271,7 @@ def dense(query, key, value, mask=None, scale=1.0, drop=None):
 
 
 @functools.cache
-def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
+def _function(method, num_terms, dtype, has_pairs, dropout, has_mask, many):
     """Returns the differentiable function of one method."""
 
     def extras(args):
@@ -287,7 +289,7 @@ def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
     if method == "interpolated":
         size = _series.size(num_terms or INTERPOLATED_TERMS, dtype)
         return with_gradient(*_interpolated_pair(size, has_mask))
-    return with_gradient(*_auto_pair(_series.sizes(dtype), has_mask))
+    return with_gradient(*_auto_pair(_series.sizes(dtype, many), has_mask))
 
 
 def _fused_function(method, num_terms, dtype, plain, packed=False):
