@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.ops.vector_attention_reference import reference, relative_errors
 from tokenlearner_keras.ops import _series, _tiles, _wide, vector_attention
-from tokenlearner_keras.ops.vector_attention import _auto_pair, _function
+from tokenlearner_keras.ops.vector_attention import _auto_pair
 
 
 @pytest.mark.parametrize("terms", [1, 2, 9, 48, 49, 64, 77])
@@ -55,33 +56,28 @@ def test_coefficients_of_the_keys(form, masked):
 
 # The series of 35, 40 and 64 terms reach as far as 21, 26 and 45.
 @pytest.mark.parametrize(
-    ("many", "z", "terms"),
+    ("keys", "z", "terms"),
     [
-        *((False, 20.9, 35), (False, 21.1, 64), (False, 44.9, 64), (False, 45.1, None)),
-        *((True, 20.9, 35), (True, 21.1, 40), (True, 25.9, 40), (True, 26.1, 64)),
-        *((True, 44.9, 64), (True, 45.1, None)),
+        *((60, 20.9, 35), (60, 21.1, 64), (60, 44.9, 64), (60, 45.1, None)),
+        *((1025, 20.9, 35), (1025, 21.1, 40), (1025, 25.9, 40), (1025, 26.1, 64)),
+        *((1025, 44.9, 64), (1025, 45.1, None)),
     ],
 )
-def test_auto_takes_the_shortest_series_that_reaches(many, z, terms):
+def test_auto_takes_the_shortest_series_that_reaches(keys, z, terms):
     rng = np.random.default_rng(2)
     # Evenly spread keys cancel little.
-    key = np.broadcast_to(np.linspace(-1, 1, 60)[:, None], (60, 3))[None]
-    query = rng.uniform(-z, z, key.shape)
+    key = np.tile(np.linspace(-1, 1, keys)[:, None], (1, 1, 3))
+    query = rng.uniform(-z, z, (1, 60, 3))
     query[0, 7, 1] = z
     value = rng.standard_normal(key.shape)
-    tensors = [
-        ops.convert_to_tensor(x.astype("float32"))
-        for x in (query, key, value, np.ones((1, 60, 1)))
-    ]
-    sizes = _series.sizes("float32", many)
-    output, (_, index, *_) = _auto_pair(sizes, has_mask=False)[0](*tensors)
-    taken = [n for n, _, _ in sizes] + [None]
+    arrays = [x.astype("float32") for x in (query, key, value, np.ones((1, keys, 1)))]
+    tensors = [ops.convert_to_tensor(x) for x in arrays]
+    forward, _ = _auto_pair("float32", has_mask=False)
+    output, (_, index, *_) = forward(*tensors)
+    taken = [n for n, _, _ in _series.sizes("float32", keys > 1024)] + [None]
     assert taken[int(index)] == terms
-    query, key, value = (ops.convert_to_numpy(x).astype("float64") for x in tensors[:3])
-    weights = np.exp(query[:, :, None] * key[:, None])
-    expected = (weights * value[:, None]).sum(2) / weights.sum(2)
-    error = np.linalg.norm(ops.convert_to_numpy(output) - expected)
-    assert error <= 1e-5 * np.linalg.norm(expected)
+    expected = reference(*arrays[:3], query)[:1]
+    assert relative_errors([ops.convert_to_numpy(output)], expected)[0] <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -96,10 +92,6 @@ def test_many_tokens_have_more_series(queries, keys, terms, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(_series, "sizes", sizes)
-    _function.cache_clear()
-    try:
-        query, key = (np.zeros((1, n, 2), "float32") for n in (queries, keys))
-        vector_attention(query, key, key)
-    finally:
-        _function.cache_clear()
+    query, key = (np.zeros((1, n, 2), "float32") for n in (queries, keys))
+    vector_attention(query, key, key)
     assert [[n for n, _, _ in x] for x in seen] == [terms]

@@ -119,9 +119,8 @@ def vector_attention(
         tensors.append(pair_mask)
     if dropout > 0:
         tensors.append(ops.cast(ops.convert_to_tensor(seed), "int32"))
-    many = max(query.shape[1] or 0, key.shape[1] or 0) > _series.MANY_TOKENS
     function = _function(
-        method, num_terms, inner, pair_mask is not None, dropout, mask is not None, many
+        method, num_terms, inner, pair_mask is not None, dropout, mask is not None
     )
     exactness = "bfloat16" if set(dtypes) == {"bfloat16"} else inner
     fused = _fused_function(method, num_terms, exactness, function)
@@ -150,8 +149,7 @@ def packed_attention(length, dtype, method="auto"):
     method = resolve_method(method)
     if dtype == "float64" or length is None or length <= FEW_KEYS:
         return None
-    many = length > _series.MANY_TOKENS
-    plain = _function(method, None, "float32", False, 0.0, False, many)
+    plain = _function(method, None, "float32", False, 0.0, False)
     return _fused_function(method, None, dtype, plain, packed=True)
 
 
@@ -271,7 +269,7 @@ def dense(query, key, value, mask=None, scale=1.0, drop=None):
 
 
 @functools.cache
-def _function(method, num_terms, dtype, has_pairs, dropout, has_mask, many):
+def _function(method, num_terms, dtype, has_pairs, dropout, has_mask):
     """Returns the differentiable function of one method."""
 
     def extras(args):
@@ -289,7 +287,7 @@ def _function(method, num_terms, dtype, has_pairs, dropout, has_mask, many):
     if method == "interpolated":
         size = _series.size(num_terms or INTERPOLATED_TERMS, dtype)
         return with_gradient(*_interpolated_pair(size, has_mask))
-    return with_gradient(*_auto_pair(_series.sizes(dtype, many), has_mask))
+    return with_gradient(*_auto_pair(dtype, has_mask))
 
 
 def _fused_function(method, num_terms, dtype, plain, packed=False):
@@ -389,11 +387,16 @@ def _interpolated_pair(size, has_mask):
     return forward, backward
 
 
-def _auto_pair(sizes, has_mask):
+def _auto_pair(dtype, has_mask):
     """Forward and backward function of `"auto"`."""
-    number = len(sizes)
+
+    def sizes_for(query, key):
+        tokens = max(query.shape[1] or 0, key.shape[1] or 0)
+        return _series.sizes(dtype, tokens > _series.MANY_TOKENS)
 
     def forward(*args):
+        sizes = sizes_for(*args[:2])
+        number = len(sizes)
         moments, enter, leave = _form(args[0])
         query, key, value, key_mask = map(enter, args)
         mask = key_mask if has_mask else None
@@ -438,6 +441,7 @@ def _auto_pair(sizes, has_mask):
         return output, (centred, index, *frame, *sums)
 
     def backward(args, residuals, upstream):
+        sizes = sizes_for(*args[:2])
         moments, enter, leave = _form(args[0])
         output, index, middle, half, mean, *saved = residuals
         frame = _series.Frame(middle, half, mean)
@@ -467,7 +471,7 @@ def _auto_pair(sizes, has_mask):
             factor = upstream / denominator
             return (upstream * slope, *_streaming.backward(*tensors, again, factor))
 
-        branches = [*map(series, range(number)), exact]
+        branches = [*map(series, range(len(sizes))), exact]
         return (*switch(index, branches, args[:3]), None)
 
     return forward, backward
